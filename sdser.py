@@ -1,0 +1,1088 @@
+"""Multi-exit speech emotion recognition with self-distillation, in one file.
+
+A pre-trained speech transformer (wav2vec 2.0, HuBERT or WavLM) gets a classifier, an *exit*, at several of its layers.
+While it is fine-tuned, the shallow exits (students) also learn from the deepest (the teacher), so that one network
+can run at several depths: Ren, Nguyen, Chang, Schuller, "Fast Yet Effective Speech Emotion Recognition with
+Self-distillation", ICASSP 2023, arXiv 2210.14636.
+
+In the order in which data meets it:
+
+    audio       load_audio                     file -> waveform
+    backbone    load_backbone, masked_standardize
+    exits       ExitHead
+    the model   MultiExitSER                   waveform -> one ExitOutput per exit; early exit; saving and loading
+    the loss    self_distillation_loss         and fuse, which lets the most certain exit decide
+    metrics     unweighted_average_recall, scores
+    corpora     load_corpus, split_clips       folders, manifests, downloads, a synthetic voice -> clips
+
+Shapes: B clips, T samples or frames, D features, C classes. Waveforms are float32 at 16 kHz.
+"""
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+import transformers
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+
+SAMPLE_RATE = 16_000
+MAX_SECONDS = 60  # attention memory grows with the square of the length
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Audio
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_audio(path, max_seconds: float | None = None) -> Tensor:
+    """Reads a file as a mono waveform at 16 kHz.
+
+    Args:
+        path: anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), any rate, any number of channels.
+        max_seconds: refuse longer files before decoding them.
+    Returns:
+        (T,) float32, nominally in [-1, 1].
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not audio, cut short, empty, too short or too long, or with NaN or infinite samples.
+    """
+    with open_audio(path) as file:
+        if max_seconds and file.frames > max_seconds * file.samplerate:
+            seconds = file.frames / file.samplerate
+            raise ValueError(f"{path}: {seconds:.0f} s is longer than the limit of {max_seconds} s; cut it into parts")
+        try:
+            samples = file.read(dtype="float32", always_2d=True)  # (T, channels)
+        except soundfile.LibsndfileError as error:
+            raise ValueError(f"{path}: damaged or cut short ({error.error_string}); replace the file") from error
+        if len(samples) < file.frames:
+            raise ValueError(f"{path}: cut short, {len(samples)} of {file.frames} samples are there; replace the file")
+        rate = file.samplerate
+    waveform = torch.from_numpy(samples.mean(axis=1))  # (T,)
+    if rate != SAMPLE_RATE:
+        import torchaudio  # here, so that copying the model needs torch and transformers alone
+
+        waveform = torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
+    check_waveform(waveform, path)
+    return waveform
+
+
+def open_audio(path) -> soundfile.SoundFile:
+    """Opens a file whose header can be believed; raises what `load_audio` raises."""
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{path}: the file is empty")
+    try:
+        file = soundfile.SoundFile(path)
+    except soundfile.LibsndfileError as error:
+        reason = error.error_string.rstrip(".")
+        raise ValueError(f"{path}: not an audio file that libsndfile can read ({reason})") from error
+    # libsndfile reads a cut WAV as if it were whole and says so in its log alone; 0xFFFFFFFF is a stream's "unknown"
+    cut = re.search(r"^\s*(?:data|SSND) : (?!4294967295)(\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+    if cut and int(cut[1]) > int(cut[2]):
+        file.close()
+        raise ValueError(f"{path}: cut short, {cut[2]} of {cut[1]} bytes of audio are there; replace the file")
+    return file
+
+
+def check_waveform(waveform: Tensor, name) -> None:
+    """Raises ValueError if the waveform, (T,) float at 16 kHz, cannot be classified; warns about digital silence."""
+    if waveform.ndim != 1 or not waveform.is_floating_point():
+        shape = tuple(waveform.shape)
+        raise ValueError(f"{name}: a waveform is a 1-D float tensor at 16 kHz, not {waveform.dtype} of shape {shape}")
+    if len(waveform) < 400:
+        raise ValueError(f"{name}: {len(waveform)} samples at 16 kHz are shorter than one frame (400 samples, 25 ms)")
+    if not waveform.isfinite().all():
+        raise ValueError(f"{name}: holds NaN or infinite samples; write it anew from its source")
+    if not waveform.any():
+        warnings.warn(f"{name}: digital silence; its prediction means nothing", stacklevel=2)
+
+
+def tile(waveform: Tensor, samples: int) -> Tensor:
+    """Repeats or cuts a waveform (T,) to (samples,), as the paper does to reach 95,744 (5.984 s)."""
+    return waveform.repeat(-(-samples // len(waveform)))[:samples]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The backbone: convolutional encoder and transformer, from `transformers`
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Built-in shapes with random weights, of about 1, 4, 95 and 315 million parameters. What is not named is as in
+# facebook/wav2vec2-base, so "base" is exactly that model; "large" is facebook/wav2vec2-large-lv60, a pre-LN layout.
+SIZES = {
+    "tiny": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, conv_dim=[64] * 7),
+    "small": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768, conv_dim=[96] * 7),
+    "base": dict(),
+    "large": dict(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+        feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True,
+    ),
+}  # fmt: skip
+MODEL_TYPES = ("wav2vec2", "hubert", "wavlm")
+
+
+def backbone_config(backbone: str | dict) -> transformers.PretrainedConfig:
+    """The `transformers` config of a built-in size, a local folder, a Hub name, or a saved dict.
+
+    Its added attribute `do_normalize` tells whether the backbone was trained on zero-mean, unit-variance waveforms.
+    """
+    if isinstance(backbone, dict):
+        if backbone.get("model_type") not in MODEL_TYPES:
+            raise ValueError(f"model type {backbone.get('model_type')!r} is not one of {', '.join(MODEL_TYPES)}")
+        return transformers.AutoConfig.for_model(**backbone)
+    if backbone in SIZES:
+        return transformers.Wav2Vec2Config(**SIZES[backbone], do_normalize=True)
+    unknown = (
+        f"{backbone}: not a built-in size ({', '.join(SIZES)}), a folder saved by transformers, or a Hub model in reach"
+    )
+    if "/" not in str(backbone) and not os.path.isdir(backbone):
+        raise FileNotFoundError(unknown)
+    try:
+        config = transformers.AutoConfig.from_pretrained(backbone)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(unknown) from error
+    if config.model_type not in MODEL_TYPES or getattr(config, "conv_pos_batch_norm", False):
+        raise ValueError(f"{backbone}: a {config.model_type} of this layout is not supported, only wav2vec2, hubert, wavlm")
+    try:
+        config.do_normalize = transformers.Wav2Vec2FeatureExtractor.from_pretrained(backbone).do_normalize
+    except OSError:  # a folder without preprocessor_config.json
+        config.do_normalize = True
+    return config
+
+
+def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    """Builds the backbone with `config.num_hidden_layers` layers, in float32; pre-trained unless built-in or a dict."""
+    # An exit needs its layer, so none may be dropped; masking is ours; the adapter sits after the last layer, unused.
+    config.layerdrop, config.apply_spec_augment, config.add_adapter = 0.0, False, False
+    if isinstance(backbone, dict) or backbone in SIZES:
+        return transformers.AutoModel.from_config(config, dtype=torch.float32)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # else it lists every layer and quantizer weight left out on purpose
+    try:
+        model, info = transformers.AutoModel.from_pretrained(
+            backbone, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{backbone}: its weights cannot be loaded ({reason}); download or save it anew") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    if missing := set(info["missing_keys"]) - {"masked_spec_embed"}:
+        raise ValueError(f"{backbone}: {len(missing)} weights are missing, {min(missing)} for one; save it anew")
+    return model
+
+
+def valid_mask(lengths: Tensor, size: int) -> Tensor:
+    """(B,) lengths -> (B, size) bool, true where a position holds data rather than padding."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def masked_standardize(x: Tensor, valid: Tensor | None, eps: float) -> Tensor:
+    """Zero mean and unit variance over the valid part of the last axis; zero elsewhere.
+
+    Padding may hold anything, NaN included. x: (B, C, T); valid: (B, 1, T) bool, or None where all is valid.
+    """
+    if valid is None:
+        variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+        return (x - mean) * torch.rsqrt(variance + eps)
+    count = valid.sum(-1, keepdim=True)
+    mean = torch.where(valid, x, 0).sum(-1, keepdim=True) / count
+    centred = torch.where(valid, x - mean, 0)
+    variance = centred.square().sum(-1, keepdim=True) / count
+    return centred * torch.rsqrt(variance + eps)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The exits
+# ---------------------------------------------------------------------------------------------------------------------
+
+HEADS = ("gru", "lstm", "attention", "mean")
+
+
+class ExitHead(nn.Module):
+    """Hidden states of one layer -> embedding f_k and logits z_k.
+
+    gru, lstm    one-layer recurrent network (zero initial state) -> LayerNorm -> SELU -> mean over frames; the paper's
+    attention    weighted mean over frames, the weights learned
+    mean         mean over frames; the paper's at the deepest exit
+    """
+
+    def __init__(self, kind: str, width: int, num_classes: int):
+        super().__init__()
+        self.kind = kind
+        if kind in ("gru", "lstm"):
+            recurrent = nn.GRU if kind == "gru" else nn.LSTM
+            self.rnn = recurrent(width, width, batch_first=True)
+            self.norm = nn.LayerNorm(width)
+        elif kind == "attention":
+            self.score = nn.Linear(width, 1)
+        self.project = nn.Linear(width, 256)
+        self.classify = nn.Linear(256, num_classes)
+
+    def forward(self, hidden: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """hidden: (B, T, D); valid: (B, T) bool or None -> logits (B, C), embedding (B, D)."""
+        if self.kind in ("gru", "lstm"):
+            # padding comes after the clip, so what runs forward in time never sees it
+            hidden = F.selu(self.norm(self.rnn(hidden)[0]))  # (B, T, D)
+        if valid is None:
+            valid = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+        score = self.score(hidden).squeeze(-1) if self.kind == "attention" else hidden.new_zeros(valid.shape)
+        weights = score.masked_fill(~valid, -torch.inf).softmax(-1)  # (B, T), uniform for a plain mean
+        embedding = torch.einsum("bt,btd->bd", weights, hidden)
+        return self.classify(self.project(embedding)), embedding
+
+
+class ExitOutput(NamedTuple):
+    exit: int  # the layer it reads
+    logits: Tensor  # (B, C)
+    embedding: Tensor  # (B, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Prediction(NamedTuple):
+    label: str
+    confidence: float  # the label's probability
+    probabilities: dict[str, float]  # by label
+    exit: int  # the exit that answered
+    milliseconds: float  # from waveform to probabilities
+
+
+class MultiExitSER(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="sdser",
+    paper_url="https://arxiv.org/abs/2210.14636",
+    pipeline_tag="audio-classification",
+):
+    """A speech transformer with a classifier at several depths.
+
+    Args:
+        labels: class names, in the order of the logits.
+        backbone: a Hub name, a folder saved by `transformers`, a size in SIZES (random weights), or a config dict.
+        exits: increasing layer numbers, from 1; the last is the teacher, and layers beyond it are not kept.
+            Default: 1 2 4 for "tiny", 2 4 6 for "small", otherwise L/4, 2L/3, 5L/6, L of L layers.
+        head: one of HEADS for the shallow exits, the deepest then getting "mean" (a single exit gets the one named);
+            or a list of one per exit.
+        tile_seconds: if set, the model was trained on clips repeated or cut to this length, and `classify` does so too.
+        threshold: the calibrated confidence that `classify(threshold="auto")` stops at.
+    Raises:
+        ValueError, FileNotFoundError: for arguments that name no model, with what would be right.
+    """
+
+    def __init__(
+        self,
+        labels: list[str],
+        backbone: str | dict = "facebook/wav2vec2-base",
+        exits: list[int] | None = None,
+        head: str | list[str] = "gru",
+        tile_seconds: float | None = None,
+        threshold: float | None = None,
+    ):
+        super().__init__()
+        config = backbone_config(backbone)
+        exits = list(exits or default_exits(backbone, config.num_hidden_layers))
+        if any(a >= b for a, b in zip([0, *exits], exits)) or exits[-1] > config.num_hidden_layers:
+            layers = config.num_hidden_layers
+            raise ValueError(f"exits {exits}: they must increase, from 1 to the backbone's {layers} layers at most")
+        if isinstance(head, str):
+            head = [head] * (len(exits) - 1) + ["mean" if len(exits) > 1 else head]
+        if len(head) != len(exits) or set(head) - set(HEADS):
+            raise ValueError(f"head {head}: give one of {', '.join(HEADS)}, or one of these for each of {len(exits)} exits")
+        if len(labels) < 2 or len(set(labels)) < len(labels):
+            raise ValueError(f"labels {list(labels)}: give at least two, all different")
+        config.num_hidden_layers = exits[-1]
+        self.labels, self.exits, self.tile_seconds, self.threshold = list(labels), exits, tile_seconds, threshold
+        self.head_kinds = list(head)
+        self.backbone = load_backbone(backbone, config)
+        self.heads = nn.ModuleDict({
+            str(exit): ExitHead(kind, config.hidden_size, len(labels)) for exit, kind in zip(exits, head)
+        })  # fmt: skip
+        if not getattr(config, "mask_time_prob", 0) and hasattr(self.backbone, "masked_spec_embed"):
+            self.backbone.masked_spec_embed.requires_grad_(False)  # no time mask will use it
+
+    @property
+    def config(self) -> dict:
+        """Everything `MultiExitSER(**config)` needs for the same architecture, without the original backbone."""
+        backbone = self.backbone.config.to_dict()
+        return dict(labels=self.labels, backbone=backbone, exits=self.exits, head=self.head_kinds,
+                    tile_seconds=self.tile_seconds, threshold=self.threshold)  # fmt: skip
+
+    def forward(self, waveforms: Tensor, lengths: Tensor | None = None, exit: int | None = None) -> list[ExitOutput]:
+        """Runs the layers that the exits asked for need, and no more.
+
+        Each clip gets what it would get alone: padding takes no part in any computation.
+
+        Args:
+            waveforms: (B, T) float, raw 16 kHz; beyond a clip's length anything may stand.
+            lengths: (B,) int64, valid samples of each clip; None if all T are.
+            exit: one exit; None for all.
+        Returns:
+            One ExitOutput per exit, shallow to deep.
+        Raises:
+            ValueError: shapes that do not fit, clips shorter than one frame, an exit that the model lacks.
+        """
+        hidden, valid = self.encode(waveforms, lengths)  # (B, T, D), (B, T) or None
+        outputs, layers_run, bias = [], 0, None
+        for k in self.exits if exit is None else [self.check_exit(exit)]:
+            hidden, bias = self.run_layers(hidden, valid, bias, layers_run, k)
+            layers_run = k
+            outputs.append(self.read_exit(k, hidden, valid))
+        return outputs
+
+    def encode(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Waveforms (B, T) -> what the first transformer layer reads, (B, T, D), and its valid frames, (B, T) or None."""
+        waveforms, lengths = self.check_batch(waveforms, lengths)
+        config, encoder = self.backbone.config, self.backbone.encoder
+        valid = None if lengths is None else valid_mask(lengths, waveforms.shape[1])[:, None]  # (B, 1, T)
+        x = waveforms[:, None]  # (B, 1, T)
+        if config.do_normalize:
+            x = masked_standardize(x, valid, eps=1e-7)  # as the backbones' feature extractors do
+        elif valid is not None:
+            x = torch.where(valid, x, 0)
+
+        for i, layer in enumerate(self.backbone.feature_extractor.conv_layers):
+            if lengths is not None:
+                lengths = (lengths - config.conv_kernel[i]) // config.conv_stride[i] + 1
+            if i == 0 and config.feat_extract_norm == "group" and lengths is not None:
+                # The GroupNorm of "base" models normalises each channel over time: count the clip's own frames alone.
+                x, norm = layer.conv(x), layer.layer_norm
+                y = masked_standardize(x.float(), valid_mask(lengths, x.shape[-1])[:, None], norm.eps)
+                x = layer.activation((y * norm.weight[:, None] + norm.bias[:, None]).to(x.dtype))
+            else:
+                x = layer(x)  # (B, channels, T)
+
+        hidden = self.backbone.feature_projection(x.transpose(1, 2))  # (B, T, D), one frame per 20 ms
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # HuBERT's returns no tuple
+        valid = None if lengths is None else valid_mask(lengths, hidden.shape[1])  # (B, T)
+        if self.training and getattr(config, "mask_time_prob", 0):
+            mask = self.sample_time_mask(hidden, valid)
+            hidden = torch.where(mask[..., None], self.backbone.masked_spec_embed.to(hidden.dtype), hidden)
+        if valid is not None:
+            hidden = torch.where(valid[..., None], hidden, 0)  # the position convolution must see zeros past the end
+        hidden = hidden + encoder.pos_conv_embed(hidden)
+        if not config.do_stable_layer_norm:
+            hidden = encoder.layer_norm(hidden)
+        return encoder.dropout(hidden), valid
+
+    def check_batch(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The arguments of `forward` if they fit; lengths become None where no clip is padded."""
+        if waveforms.ndim != 2 or not waveforms.is_floating_point():
+            raise ValueError(f"waveforms must be a (B, T) float tensor, not {waveforms.dtype} {tuple(waveforms.shape)}")
+        size = shortest = longest = waveforms.shape[1]
+        if lengths is not None:
+            if lengths.shape != waveforms.shape[:1]:
+                raise ValueError(f"lengths must have shape ({len(waveforms)},), one per clip, not {tuple(lengths.shape)}")
+            shortest, longest = lengths.min().item(), lengths.max().item()
+        frame = 1  # samples that one frame of the encoder reads: 400 for all known backbones
+        for kernel, stride in zip(self.backbone.config.conv_kernel[::-1], self.backbone.config.conv_stride[::-1]):
+            frame = (frame - 1) * stride + kernel
+        if shortest < frame or longest > size:
+            raise ValueError(f"clips of {shortest} to {longest} samples: they must have from {frame} to {size}")
+        return waveforms, None if shortest == size else lengths
+
+    def sample_time_mask(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
+        """SpecAugment's time mask (Park et al., 2019): (B, T) bool, true in spans of at most half of a clip's frames."""
+        config, (batch, size, _), device = self.backbone.config, hidden.shape, hidden.device
+        frames = valid.sum(1) if valid is not None else torch.full((batch,), size, device=device)  # (B,)
+        span = (frames // 2).clamp(max=config.mask_time_length)
+        spans = (config.mask_time_prob * frames / span.clamp(min=1) + torch.rand(batch, device=device)).floor()
+        most = 1 + int(config.mask_time_prob * size)  # no clip has more spans
+        start = (torch.rand(batch, most, device=device) * (frames - span + 1)[:, None]).long()  # (B, spans)
+        t = torch.arange(size, device=device)
+        masked = (t >= start[..., None]) & (t < (start + span[:, None])[..., None])  # (B, spans, T)
+        return (masked & (torch.arange(most, device=device) < spans[:, None])[..., None]).any(1)
+
+    def run_layers(self, hidden: Tensor, valid: Tensor | None, bias: Tensor | None, start: int, stop: int):
+        """Transformer layers start+1 to stop. hidden: (B, T, D). bias: WavLM's position bias, which layer 1 makes."""
+        encoder, config = self.backbone.encoder, self.backbone.config
+        if config.model_type == "wavlm":
+            with warnings.catch_warnings():  # torch deprecates the bool mask beside a float bias that transformers gives it
+                warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")
+                for i in range(start, stop):
+                    hidden, bias = encoder.layers[i](hidden, attention_mask=valid, position_bias=bias)
+        else:
+            mask = create_bidirectional_mask(config=config, inputs_embeds=hidden, attention_mask=valid)
+            for i in range(start, stop):
+                hidden = encoder.layers[i](hidden, attention_mask=mask)
+        return hidden, bias
+
+    def read_exit(self, exit: int, hidden: Tensor, valid: Tensor | None) -> ExitOutput:
+        """The classifier at layer `exit` on that layer's hidden states (B, T, D)."""
+        if self.backbone.config.do_stable_layer_norm:  # pre-LN: the encoder's last norm belongs to every exit
+            hidden = self.backbone.encoder.layer_norm(hidden)
+        with torch.autocast(hidden.device.type, enabled=False):  # half precision slows recurrence, and losses need float32
+            return ExitOutput(exit, *self.heads[str(exit)](hidden.to(self.dtype), valid))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.backbone.dtype
+
+    def check_exit(self, exit: int) -> int:
+        if exit not in self.exits:
+            raise ValueError(f"exit {exit}: the model has exits {', '.join(map(str, self.exits))}")
+        return exit
+
+    # -- early exit ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def early_exit(self, waveforms: Tensor, lengths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
+        """Runs layer by layer; a clip leaves at the first exit whose top probability reaches the threshold.
+
+        Clips that have left are dropped from the batch: no layer runs that no answer needs.
+
+        Args:
+            waveforms, lengths: as in `forward`.
+            threshold: probability from 0 (all leave at the first exit) to 1 (all go to the last).
+        Returns:
+            logits (B, C) and the exit (B,) int64 that gave them.
+        """
+        hidden, valid = self.encode(waveforms, lengths)
+        logits = hidden.new_empty(len(hidden), len(self.labels), dtype=self.dtype)
+        exits = torch.full((len(hidden),), self.exits[-1], device=hidden.device)
+        active, layers_run, bias = torch.arange(len(hidden), device=hidden.device), 0, None
+        for k in self.exits:
+            hidden, bias = self.run_layers(hidden, valid, bias, layers_run, k)
+            layers_run = k
+            output = self.read_exit(k, hidden, valid)
+            logits[active] = output.logits
+            exits[active] = k
+            stay = output.logits.softmax(-1).amax(-1) < threshold  # (B still active,)
+            if not stay.any():
+                break
+            active, hidden = active[stay], hidden[stay]
+            valid = valid if valid is None else valid[stay]
+            bias = bias if bias is None else bias.unflatten(0, (len(stay), -1))[stay].flatten(0, 1)
+        return logits, exits
+
+    @torch.no_grad()
+    def classify(self, clips, exit: int | None = None, threshold: float | str | None = None) -> list[Prediction]:
+        """Classifies files or waveforms, one at a time.
+
+        Args:
+            clips: paths, or waveforms (T,) float at 16 kHz, of at most 60 s.
+            exit: run to this exit and no further. Default: the deepest.
+            threshold: stop each clip at the first exit this certain (0 to 1); "auto": the calibrated value.
+        Raises:
+            ValueError, FileNotFoundError: naming the clip that cannot be read or is too short or long, or the argument.
+        """
+        if exit is not None and threshold is not None:
+            raise ValueError("exit and threshold exclude each other: give one")
+        if threshold == "auto":
+            threshold = self.threshold
+            if threshold is None:
+                raise ValueError('threshold "auto": this model has not been calibrated; give a number from 0 to 1')
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"threshold {threshold}: give a probability from 0 to 1")
+        exit = self.exits[-1] if exit is None else self.check_exit(exit)
+        device, training = next(self.parameters()).device, self.training
+        self.eval()
+        predictions = []
+        try:
+            for clip in [clips] if isinstance(clips, str | os.PathLike) else clips:
+                waveform = self.prepare(clip).to(device)[None]  # (1, T)
+                start = time.perf_counter()
+                if threshold is None:
+                    logits, used = self(waveform, exit=exit)[0].logits, exit
+                else:
+                    logits, used = self.early_exit(waveform, None, threshold)
+                probabilities = logits[0].float().softmax(-1).tolist()
+                milliseconds = 1000 * (time.perf_counter() - start)
+                confidence, label = max(zip(probabilities, self.labels))
+                by_label = dict(zip(self.labels, probabilities))
+                predictions.append(Prediction(label, confidence, by_label, int(used), milliseconds))
+        finally:
+            self.train(training)
+        return predictions
+
+    def prepare(self, clip) -> Tensor:
+        """A path or waveform, at most 60 s -> the waveform (T,) that the model reads."""
+        if isinstance(clip, str | os.PathLike):
+            waveform = load_audio(clip, MAX_SECONDS)
+        else:
+            waveform = torch.as_tensor(clip)
+            check_waveform(waveform, "the waveform")
+            if len(waveform) > MAX_SECONDS * SAMPLE_RATE:
+                seconds = len(waveform) / SAMPLE_RATE
+                raise ValueError(f"the waveform: {seconds:.0f} s is longer than the limit of {MAX_SECONDS} s; cut it into parts")
+        return tile(waveform, round(self.tile_seconds * SAMPLE_RATE)) if self.tile_seconds else waveform.float()
+
+    # -- smaller, saved, loaded ---------------------------------------------------------------------------------------
+
+    def truncate(self, exit: int) -> "MultiExitSER":
+        """A model of its own with `exit` layers and that one exit; weights are copied, logits are equal."""
+        kind = self.head_kinds[self.exits.index(self.check_exit(exit))]
+        config = self.config | dict(exits=[exit], head=[kind], threshold=None)
+        small = MultiExitSER(**config).to(next(self.parameters()).device, self.dtype)
+        weights = self.state_dict()
+        small.load_state_dict({name: weights[name] for name in small.state_dict()})
+        return small.train(self.training)
+
+    def save_pretrained(self, folder, **kwargs):
+        """Writes config.json and model.safetensors, the Hub's convention, so that a kill leaves the last ones whole.
+
+        Keyword arguments are those of `huggingface_hub.PyTorchModelHubMixin.save_pretrained`.
+        """
+        folder = Path(folder)
+        fresh = folder / ".saving"
+        shutil.rmtree(fresh, ignore_errors=True)  # what a killed save left
+        result = super().save_pretrained(fresh, **({"repo_id": folder.name} | kwargs))
+        for name in ("model.safetensors", "config.json"):
+            os.replace(fresh / name, folder / name)
+        if not (folder / "README.md").exists():  # the Hub's model card, which may have been edited since
+            os.replace(fresh / "README.md", folder / "README.md")
+        shutil.rmtree(fresh)
+        return result
+
+    def _save_pretrained(self, folder: Path) -> None:
+        super()._save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=2))  # not the arguments: what they led to
+        shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets the owner alone read
+
+    @classmethod
+    def from_pretrained(cls, checkpoint, **kwargs) -> "MultiExitSER":
+        """Loads what `save_pretrained` wrote, from a folder or the Hub, in evaluation mode; nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: no such folder, nor a Hub model in reach.
+            ValueError: a checkpoint that is cut short, not ours, or of other shapes than its config says.
+        """
+        checkpoint = os.fspath(checkpoint)
+        if os.path.isdir(checkpoint):
+            for name in ("config.json", "model.safetensors"):
+                if not os.path.isfile(os.path.join(checkpoint, name)):
+                    raise FileNotFoundError(f"{checkpoint}: holds no {name}; give a folder written by train.py")
+        elif not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+            raise FileNotFoundError(f"{checkpoint}: no such folder; give one written by train.py, or a Hub name")
+        try:
+            with contextlib.redirect_stdout(None):  # the mixin prints; standard output is the user's
+                return super().from_pretrained(checkpoint, **({"strict": True} | kwargs))
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0].rstrip(".:")
+            if not os.path.isdir(checkpoint):
+                raise FileNotFoundError(f"{checkpoint}: neither a folder nor a Hub model in reach ({reason})") from error
+            raise ValueError(f"{checkpoint}: not a whole sdser checkpoint ({reason}); train or copy it anew") from error
+
+    @classmethod
+    def _load_as_pickle(cls, model, model_file, map_location, strict):  # the mixin's way out where safetensors lack
+        raise ValueError("it has no model.safetensors")
+
+
+def default_exits(backbone: str | dict, layers: int) -> list[int]:
+    if backbone in ("tiny", "small"):
+        return [1, 2, 4] if backbone == "tiny" else [2, 4, 6]
+    return sorted({max(1, round(layers * share)) for share in (1 / 4, 2 / 3, 5 / 6, 1)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss, and fusion
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def self_distillation_loss(
+    outputs: list[ExitOutput],
+    targets: Tensor,
+    kl_weight: float = 1.0,
+    hint_weight: float = 1.0,
+    temperature: float = 1.0,
+    detach_teacher: bool = True,
+) -> tuple[Tensor, dict[str, float]]:
+    """The paper's loss: every exit learns the labels, and each shallow one what the deepest knows.
+
+        L = CE(z_d, y) + 1/|S| Σ_{k in S} [ CE(z_k, y) + α T² KL(softmax(z_d/T) ‖ softmax(z_k/T)) + β ‖f_k − f_d‖² ]
+
+    S are the shallow exits (students), d the deepest (teacher), z logits, f embeddings, ‖·‖² the mean over elements.
+
+    Args:
+        outputs: what the model returned, shallow to deep; one alone has no students and gives CE(z_d, y).
+        targets: (B,) int64 class indices y.
+        kl_weight, hint_weight: α and β; at 0 the term is not computed.
+        temperature: T, which softens both distributions (Hinton et al., 2015).
+        detach_teacher: the KL and hint terms teach the students and leave the teacher alone (Zhang et al., 2019).
+    Returns:
+        the loss, a scalar, and its parts by name, unweighted and averaged over students: ce (the teacher's),
+        ce_students, kl, hint.
+    """
+    *students, teacher = outputs
+    loss = F.cross_entropy(teacher.logits, targets)  # CE(z_d, y)
+    parts = {"ce": loss.item(), "ce_students": 0.0, "kl": 0.0, "hint": 0.0}
+    logits, embedding = teacher.logits, teacher.embedding
+    if detach_teacher:
+        logits, embedding = logits.detach(), embedding.detach()
+    for student in students:
+        terms = {"ce_students": (1.0, F.cross_entropy(student.logits, targets))}  # CE(z_k, y)
+        if kl_weight:
+            log_p_student = F.log_softmax(student.logits / temperature, -1)
+            log_p_teacher = F.log_softmax(logits / temperature, -1)
+            kl = F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True)
+            terms["kl"] = (kl_weight, temperature**2 * kl)  # T² KL(softmax(z_d/T) ‖ softmax(z_k/T))
+        if hint_weight:
+            terms["hint"] = (hint_weight, F.mse_loss(student.embedding, embedding))  # ‖f_k − f_d‖²
+        for name, (weight, term) in terms.items():
+            loss = loss + weight * term / len(students)
+            parts[name] += term.item() / len(students)
+    return loss, parts
+
+
+def fuse(outputs: list[ExitOutput]) -> Tensor:
+    """The logits (B, C) of each clip's most certain exit: the one with the largest margin, top-1 minus top-2."""
+    logits = torch.stack([output.logits for output in outputs])  # (exits, B, C)
+    first, second = logits.topk(2, dim=-1).values.unbind(-1)  # (exits, B) each
+    return logits[(first - second).argmax(0), torch.arange(logits.shape[1], device=logits.device)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def confusion_matrix(targets, predictions, num_classes: int) -> np.ndarray:
+    """Class indices (N,) and (N,) -> (C, C) counts, a row per true class, a column per prediction."""
+    index = np.asarray(targets, dtype=int) * num_classes + np.asarray(predictions, dtype=int)
+    return np.bincount(index, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def unweighted_average_recall(targets, predictions, num_classes: int) -> float:
+    """UAR: recall of each class, averaged over the classes that occur in the targets. Chance is 1 / classes."""
+    return scores(targets, predictions, num_classes)["uar"]
+
+
+def scores(targets, predictions, num_classes: int) -> dict[str, float]:
+    """UAR, accuracy and macro F1 of class indices (N,); UAR and F1 are means over the classes in the targets."""
+    confusion = confusion_matrix(targets, predictions, num_classes)
+    hits, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    present = true > 0
+    recall = hits[present] / true[present]
+    f1 = 2 * hits[present] / (true + predicted)[present]
+    return {"uar": float(recall.mean()), "accuracy": float(hits.sum() / true.sum()), "macro_f1": float(f1.mean())}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Corpora
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Clip(NamedTuple):
+    path: str
+    label: str
+    speaker: str | None
+    split: str | None = None  # train, dev or test
+
+
+class Corpus(NamedTuple):
+    title: str
+    name: str  # regular expression for a file's path without ending
+    labels: dict[str, str]  # what the name says -> label
+
+
+CORPORA = {
+    "ravdess": Corpus(
+        "RAVDESS speech",  # 03: audio alone, 01: speech; the songs, 02, are left out
+        r"03-01-(?P<label>\d\d)-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
+        {"01": "neutral", "02": "calm", "03": "happiness", "04": "sadness", "05": "anger", "06": "fear",
+         "07": "disgust", "08": "surprise"},
+    ),
+    "emodb": Corpus(
+        "EMO-DB",
+        r"(?P<speaker>\d\d)[ab]\d\d(?P<label>[A-Z])[a-z]?",
+        {"W": "anger", "L": "boredom", "E": "disgust", "A": "fear", "F": "happiness", "T": "sadness", "N": "neutral"},
+    ),
+    "crema-d": Corpus(
+        "CREMA-D",
+        r"(?P<speaker>\d{4})_[A-Z]{3}_(?P<label>[A-Z]{3})_[A-Z]{2}",
+        {"ANG": "anger", "DIS": "disgust", "FEA": "fear", "HAP": "happiness", "NEU": "neutral", "SAD": "sadness"},
+    ),
+    "savee": Corpus(
+        "SAVEE",
+        r"(?P<speaker>DC|JE|JK|KL)[_/](?P<label>[a-z]{1,2})\d\d",
+        {"a": "anger", "d": "disgust", "f": "fear", "h": "happiness", "n": "neutral", "sa": "sadness",
+         "su": "surprise"},
+    ),
+    "tess": Corpus(
+        "TESS",
+        r"(?P<speaker>OAF|YAF)_[^/]+_(?P<label>[a-z]+)",
+        {"angry": "anger", "disgust": "disgust", "fear": "fear", "happy": "happiness", "neutral": "neutral",
+         "ps": "surprise", "sad": "sadness"},
+    ),
+    "demos": Corpus(
+        "DEMoS",
+        r"(?:NP|PR)_(?P<speaker>[fm]_\d+)_(?P<label>[a-z]{3})\d+[a-z]?",
+        {"rab": "anger", "dis": "disgust", "pau": "fear", "col": "guilt", "gio": "happiness", "tri": "sadness",
+         "sor": "surprise", "neu": "neutral"},
+    ),
+    "urdu": Corpus(
+        "URDU",
+        r"(?P<speaker>S[MF]\d+)_F\d+_(?P<label>[A-Z])\d+",
+        {"A": "anger", "H": "happiness", "N": "neutral", "S": "sadness"},
+    ),
+    "synthetic": Corpus(
+        "synthetic speech",
+        r"(?P<speaker>voice\d\d)-(?P<label>[a-z]+)-\d\d",
+        {label: label for label in ("anger", "fear", "happiness", "sadness")},
+    ),
+}  # fmt: skip
+AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
+MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl")
+SPLITS = ("train", "dev", "test")
+
+
+def load_corpus(source: str) -> list[Clip]:
+    """Lists the clips of a corpus; no audio is read.
+
+    Args:
+        source: "synthetic"; "ravdess" or "emodb" (downloaded once into ~/.cache/sdser); a folder of one of CORPORA,
+            found out by its file names; a CSV, TSV or JSONL manifest; or a folder with the manifests train, dev (or
+            devel) and test.
+    Returns:
+        clips in a fixed order, with a split only where a manifest gives one.
+    Raises:
+        FileNotFoundError, ValueError: naming the file and line and what would be right.
+    """
+    source = os.fspath(source)
+    if source == "synthetic":
+        source = make_synthetic()
+    elif source in DOWNLOADS:
+        source = download(source)
+    if os.path.isdir(source):
+        manifests = [(split, path) for split in SPLITS for path in find_manifest(source, split)]
+        if manifests:
+            return [clip._replace(split=split) for split, path in manifests for clip in read_manifest(path)]
+        return read_folder(source)
+    if not os.path.isfile(source):
+        names = ", ".join(["synthetic", *DOWNLOADS])
+        raise FileNotFoundError(f"{source}: no such folder or manifest; give one, or a corpus known by name ({names})")
+    if not source.lower().endswith(MANIFEST_ENDINGS):
+        raise ValueError(f"{source}: not a corpus; give a folder, or a manifest ending in {', '.join(MANIFEST_ENDINGS)}")
+    return read_manifest(source)
+
+
+def read_folder(folder: str) -> list[Clip]:
+    """Clips of a folder, by the file-name pattern of CORPORA that fits most of its audio files."""
+    files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in AUDIO_ENDINGS and p.name[0] != ".")
+    if not files:
+        raise ValueError(f"{folder}: holds no audio files ({', '.join(AUDIO_ENDINGS)}) and no train/dev/test manifests")
+
+    def matches(corpus):
+        pattern = re.compile(rf"(?:.*/)?{corpus.name}")
+        return [(path, found) for path in files if (found := pattern.fullmatch(path.with_suffix("").as_posix()))]
+
+    corpus, matched = max(((corpus, matches(corpus)) for corpus in CORPORA.values()), key=lambda pair: len(pair[1]))
+    if not matched:
+        known = ", ".join(corpus.title for corpus in CORPORA.values())
+        raise ValueError(f"{folder}: file names like {files[0].name} belong to no known corpus ({known}); give a manifest")
+    if len(matched) < len(files):
+        others = len(files) - len(matched)
+        warnings.warn(f"{folder}: {others} of {len(files)} audio files are not {corpus.title}, left out", stacklevel=3)
+    for path, found in matched:
+        if found["label"] not in corpus.labels:
+            known = ", ".join(corpus.labels)
+            raise ValueError(f"{path}: unknown emotion {found['label']!r} in a name of {corpus.title}, which has {known}")
+    return [Clip(str(path), corpus.labels[found["label"]], found["speaker"]) for path, found in matched]
+
+
+def find_manifest(folder: str, split: str) -> list[str]:
+    """The manifest of that split in the folder, as a list of none or one."""
+    names = ["dev", "devel"] if split == "dev" else [split]
+    paths = [os.path.join(folder, name + ending) for name in names for ending in MANIFEST_ENDINGS]
+    found = [path for path in paths if os.path.isfile(path)]
+    if len(found) > 1:
+        raise ValueError(f"{folder}: {found[0]} and {found[1]} both give the split {split}; keep one")
+    return found
+
+
+# What manifests call our columns: ours first, then EmoBox's and other common names.
+COLUMNS = {
+    "path": ("path", "wav", "file", "filename", "file_name", "audio"),
+    "label": ("label", "emo", "emotion"),
+    "speaker": ("speaker", "spk", "speaker_id"),
+    "split": ("split",),
+}
+
+
+def read_manifest(manifest: str) -> list[Clip]:
+    """Clips of a CSV or TSV with a header, or of a JSONL; paths are relative to the manifest.
+
+    A TSV of two columns with other headings is read as file name and label, as in the authors' lists.
+    """
+    with open(manifest, encoding="utf-8-sig", newline="") as file:
+        try:
+            if manifest.lower().endswith(".jsonl"):
+                rows = [(number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip()]
+                header = list(rows[0][1]) if rows else []
+            else:
+                tsv = manifest.lower().endswith(".tsv")
+                reader = csv.DictReader(file, delimiter="\t" if tsv else ",", restval="")
+                rows = [(reader.line_num, row) for row in reader]
+                header = reader.fieldnames or []
+        except (ValueError, TypeError, csv.Error) as error:
+            raise ValueError(f"{manifest}: not readable as a manifest ({error})") from error
+    if not rows:
+        raise ValueError(f"{manifest}: lists no clips")
+    columns = {ours: next((name for name in names if name in header), None) for ours, names in COLUMNS.items()}
+    if manifest.lower().endswith(".tsv") and len(header) == 2 and not (columns["path"] and columns["label"]):
+        columns["path"], columns["label"] = header
+    missing = [ours for ours in ("path", "label") if columns[ours] is None]
+    if missing or columns["path"].lower().endswith(AUDIO_ENDINGS):
+        need = "the first line must name the columns path, label and, if known, speaker and split"
+        raise ValueError(f"{manifest}: {need}; it reads {', '.join(map(str, header))}")
+    clips = []
+    for number, row in rows:
+        path, label, speaker, split = (str(row.get(columns[ours]) or "").strip() for ours in COLUMNS)
+        split = {"devel": "dev", "validation": "dev"}.get(split, split)
+        if not path or not label or split not in ("", *SPLITS):
+            wrong = "no path" if not path else "no label" if not label else f"unknown split {split!r}"
+            raise ValueError(f"{manifest}, line {number}: {wrong}; give a path, a label, and train, dev, test or nothing")
+        path = os.path.join(os.path.dirname(manifest), path)
+        clips.append(Clip(path, label, speaker or None, split or None))
+    return clips
+
+
+# -- splits: no speaker stands in two ---------------------------------------------------------------------------------
+
+
+def split_clips(clips: list[Clip], fold: tuple[int, int] | None = None) -> list[Clip]:
+    """Gives every clip a split, by speaker, every label in each split; depends on the clips and the fold alone.
+
+    Args:
+        clips: splits of their own are kept (all clips have one, or none).
+        fold: (I, N), I from 1: of N groups of speakers, group I is test, the next one dev, the rest train.
+            None: 40 % train, 30 % dev, 30 % test, as in the paper.
+    Raises:
+        ValueError: too few speakers, a label that cannot be in each split, a speaker in two splits, a clip with
+            neither speaker nor split.
+    """
+    if any(clip.split for clip in clips):
+        if fold:
+            warnings.warn("the manifest brings its own splits; --fold is ignored", stacklevel=2)
+    else:
+        clips = deal_speakers(clips, fold)
+    check_splits(clips)
+    return clips
+
+
+def deal_speakers(clips: list[Clip], fold: tuple[int, int] | None) -> list[Clip]:
+    """The dealing behind `split_clips`: the largest speaker first, to the group furthest below its share."""
+    sizes, labels_of = Counter(), defaultdict(set)
+    for clip in clips:
+        if clip.speaker is None:
+            raise ValueError(f"{clip.path}: has neither speaker nor split; the manifest must give one of them")
+        sizes[clip.speaker] += 1
+        labels_of[clip.speaker].add(clip.label)
+    shares = [1 / fold[1]] * fold[1] if fold else [0.4, 0.3, 0.3]
+    if len(sizes) < len(shares):
+        raise ValueError(
+            f"{len(sizes)} speakers are too few for {len(shares)} groups of different speakers; join corpora in a "
+            "manifest, or score these clips with a model trained on others (evaluate.py --split all)"
+        )
+    labels = set().union(*labels_of.values())
+    speakers = sorted(sizes, key=lambda speaker: (-sizes[speaker], speaker))
+    for attempt in range(1000):
+        groups, filled = [set() for _ in shares], [0] * len(shares)
+        for speaker in speakers:
+            group = min(range(len(shares)), key=lambda g: (filled[g] + sizes[speaker]) / shares[g])
+            groups[group].add(speaker)
+            filled[group] += sizes[speaker]
+        if all(group and set().union(*(labels_of[s] for s in group)) == labels for group in groups):
+            break
+        random.Random(attempt).shuffle(speakers)
+    else:
+        raise ValueError(
+            f"no way found to deal {len(sizes)} speakers into {len(shares)} groups with every label in each; "
+            "leave out the labels that few speakers have, or give a manifest with splits"
+        )
+    if fold:
+        test, dev = groups[fold[0] - 1], groups[fold[0] % fold[1]]
+    else:
+        _, dev, test = groups
+    return [
+        clip._replace(split="test" if clip.speaker in test else "dev" if clip.speaker in dev else "train")
+        for clip in clips
+    ]
+
+
+def check_splits(clips: list[Clip]) -> None:
+    """Raises ValueError unless each split has every label, and no speaker, nor file, stands in two splits."""
+    home, labels_of = {}, defaultdict(set)
+    for clip in clips:
+        if clip.split is None:
+            raise ValueError(f"{clip.path}: has no split while other clips have one; give all a split, or none")
+        labels_of[clip.split].add(clip.label)
+        for who in filter(None, (f"speaker {clip.speaker}" if clip.speaker else None, clip.path)):
+            if home.setdefault(who, clip.split) != clip.split:
+                raise ValueError(f"{who} stands in two splits, {home[who]} and {clip.split}; keep each in one")
+    for split in SPLITS:
+        if missing := set().union(*labels_of.values()) - labels_of[split]:
+            raise ValueError(f"the {split} split has no clip of {', '.join(sorted(missing))}; every label must be in each")
+
+
+# -- downloads --------------------------------------------------------------------------------------------------------
+
+
+class Download(NamedTuple):
+    url: str
+    md5: str | None  # None where none is published
+    clips: int
+    licence: str
+
+
+DOWNLOADS = {
+    "ravdess": Download(
+        "https://zenodo.org/records/1188976/files/Audio_Speech_Actors_01-24.zip?download=1",
+        "bc696df654c87fed845eb13823edef8a", 1440, "CC BY-NC-SA 4.0",
+    ),
+    "emodb": Download("http://emodb.bilderbar.info/download/download.zip", None, 535, "CC0 1.0"),
+}  # fmt: skip
+MAX_UNPACKED = 4 * 2**30  # bytes; more in an archive is a bomb
+
+
+def cache_folder() -> Path:
+    return Path.home() / ".cache" / "sdser"
+
+
+def download(name: str) -> str:
+    """Downloads, checks and unpacks a corpus of DOWNLOADS, once; returns its folder. A failure leaves nothing behind."""
+    entry, folder = DOWNLOADS[name], cache_folder() / name
+    if folder.is_dir():
+        return str(folder)
+    print(f"downloading {name} ({entry.licence}) from {entry.url}", file=sys.stderr)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    timeout = socket.getdefaulttimeout()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{name}-") as temporary:
+        archive, fresh = os.path.join(temporary, "archive.zip"), os.path.join(temporary, "unpacked")
+        try:
+            socket.setdefaulttimeout(60)
+            torch.hub.download_url_to_file(entry.url, archive)  # with a progress bar
+        except OSError as error:
+            raise ValueError(f"{entry.url}: the download failed ({error}); try again, or unpack it and give its folder") from error
+        finally:
+            socket.setdefaulttimeout(timeout)
+        if entry.md5:
+            with open(archive, "rb") as file:
+                md5 = hashlib.file_digest(file, "md5").hexdigest()
+            if md5 != entry.md5:
+                raise ValueError(f"{entry.url}: MD5 is {md5} instead of {entry.md5}, cut or changed; try again")
+        unpack(archive, fresh, entry.url)
+        if (clips := len(read_folder(fresh))) != entry.clips:
+            raise ValueError(f"{entry.url}: {clips} clips are in the archive instead of {entry.clips}; try again")
+        os.replace(fresh, folder)
+    return str(folder)
+
+
+def unpack(archive: str, folder: str, name: str) -> None:
+    """Unpacks a zip, refusing one that reaches out of its folder, is too large, or is damaged."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            for member in file.infolist():
+                parts = re.split(r"[/\\]", member.filename)
+                if ".." in parts or parts[0] == "" or ":" in parts[0]:
+                    raise ValueError(f"{name}: the archive would write outside its folder ({member.filename}); not unpacked")
+            if sum(member.file_size for member in file.infolist()) > MAX_UNPACKED:
+                raise ValueError(f"{name}: the archive unpacks to more than {MAX_UNPACKED >> 30} GiB; not unpacked")
+            file.extractall(folder)
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{name}: not a whole zip archive ({error}); try again") from error
+
+
+# -- synthetic speech -------------------------------------------------------------------------------------------------
+
+
+class Prosody(NamedTuple):
+    """How an emotion moves a voice, relative to the speaker's own."""
+
+    pitch: float  # semitones above the speaker's
+    accent: float  # semitones by which each syllable may stand out
+    contour: float  # semitones from the clip's start to its end
+    tempo: float  # syllables per second
+    tilt: float  # dB per octave by which the source falls off
+    fade: float  # dB by which energy falls over the clip
+    tremor: float  # semitones of 6 Hz wavering
+    breath: float  # noise beside the voice
+
+
+PROSODY = {
+    #                    pitch accent contour tempo tilt  fade tremor breath
+    "anger":     Prosody(+2.0,   3.0,   -3.0,  5.0,  -5,   2,   0.1,  0.02),
+    "fear":      Prosody(+3.0,   1.0,   +1.0,  5.5,  -9,   0,   0.8,  0.10),
+    "happiness": Prosody(+3.0,   3.5,   +3.0,  4.5,  -8,   0,   0.1,  0.03),
+    "sadness":   Prosody(-1.0,   1.0,   -2.0,  3.5, -12,   8,   0.3,  0.08),
+}  # fmt: skip
+VOWELS = [(730, 1090, 2440), (270, 2290, 3010), (300, 870, 2240), (530, 1840, 2480), (570, 840, 2410)]  # formants, Hz
+
+
+def synthesize(prosody: Prosody, pitch: float, size: float, rng: np.random.Generator) -> np.ndarray:
+    """A source-filter voice: glottal pulses at a moving pitch, shaped by the formants of one vowel per syllable.
+
+    Args:
+        pitch: the speaker's mean, Hz.
+        size: the speaker's formants relative to VOWELS.
+    Returns:
+        (T,) float32 at 16 kHz, 1.0 to 1.8 s.
+    """
+    seconds = rng.uniform(1.0, 1.8)
+    syllables = max(2, round(seconds * prosody.tempo * rng.uniform(0.8, 1.2)))
+    samples = int(seconds * SAMPLE_RATE)
+    t = np.arange(samples) / samples  # 0 to 1 over the clip
+
+    # source: a sawtooth's phase follows the pitch; breath is noise
+    accents = np.repeat(rng.normal(0, prosody.accent / 2, syllables), -(-samples // syllables))[:samples]
+    wave = prosody.tremor * np.sin(2 * np.pi * (6 * seconds * t + rng.uniform()))
+    semitones = prosody.pitch + rng.normal(0, 1.5) + prosody.contour * (t - 0.5) * rng.uniform(0.3, 1.7) + accents + wave
+    phase = np.cumsum(pitch * 2 ** (semitones / 12) / SAMPLE_RATE)
+    source = 2 * (phase % 1) - 1 + rng.normal(0, prosody.breath, samples)
+
+    # filter: each syllable in the frequency domain, then its loudness
+    tilt, fade = prosody.tilt + rng.normal(0, 2), prosody.fade * rng.uniform(0.3, 1.7)
+    clip = np.zeros(samples)
+    for part in np.array_split(np.arange(samples), syllables):
+        f = np.fft.rfftfreq(len(part), 1 / SAMPLE_RATE)
+        response = (np.maximum(f, 50) / 500) ** ((tilt + 6) / 6.02)  # a sawtooth falls by 6 dB per octave itself
+        for formant in np.array(VOWELS[rng.integers(len(VOWELS))]) * size:
+            response = response / np.abs(1 - (f / formant) ** 2 + 1j * f * 90 / formant**2)
+        loudness = 10 ** (-(fade * t[part[0]] + rng.uniform(0, 4)) / 20)
+        clip[part] = loudness * np.hanning(len(part)) * np.fft.irfft(np.fft.rfft(source[part]) * response, len(part))
+    return (0.5 * clip / np.abs(clip).max() + rng.normal(0, 0.003, samples)).astype(np.float32)
+
+
+def make_synthetic(speakers: int = 12, clips: int = 16, seed: int = 0) -> str:
+    """Writes the synthetic corpus into the cache, once; returns its folder. The same seed gives the same samples."""
+    folder = cache_folder() / f"synthetic-{speakers}-{clips}-{seed}"
+    if folder.is_dir():
+        return str(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="synthetic-") as temporary:
+        fresh = Path(temporary) / "wav"
+        fresh.mkdir()
+        for speaker in range(speakers):
+            rng = np.random.default_rng([seed, speaker])
+            pitch = (105 if speaker % 2 else 190) * 2 ** (rng.normal(0, 2) / 12)  # low and high voices, Hz
+            size = (0.95 if speaker % 2 else 1.1) * rng.uniform(0.94, 1.06)
+            for label, prosody in PROSODY.items():
+                for n in range(clips):
+                    wave = synthesize(prosody, pitch, size, rng)
+                    soundfile.write(fresh / f"voice{speaker + 1:02}-{label}-{n + 1:02}.wav", wave, SAMPLE_RATE)
+        with contextlib.suppress(OSError):  # another process was first: the same files
+            os.replace(fresh, folder)
+    return str(folder)

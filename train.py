@@ -1,0 +1,450 @@
+"""Fine-tunes a multi-exit speech emotion model with self-distillation.
+
+    python train.py                                              # a toy on synthetic speech, minutes on a CPU
+    python train.py --data path/to/EMO-DB --backbone small       # real speech, from scratch
+    python train.py --data path/to/RAVDESS --backbone facebook/wav2vec2-base
+
+Read top to bottom: the presets, the flags, the data, one evaluation, the training loop, the report.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import os
+import random
+import sys
+import time
+import warnings
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import sdser
+
+# Every default, side by side; a flag given on the command line wins. toy: from scratch on a CPU in minutes. paper: the
+# paper's recipe. fast: the same method for pre-trained backbones, several times as fast; the one we recommend.
+PRESETS = {
+    #                   toy           paper                     fast
+    "backbone":        ("tiny",       "facebook/wav2vec2-base", "facebook/wav2vec2-base"),
+    "exits":           (None,         None,                     None),         # None: as MultiExitSER chooses
+    "head":            ("gru",        "gru",                    "attention"),
+    "kl_weight":       (1.0,          1.0,                      1.0),
+    "hint_weight":     (1.0,          1.0,                      1.0),
+    "temperature":     (1.0,          1.0,                      1.0),
+    "detach_teacher":  (True,         True,                     True),
+    "window":          ("natural",    "tile",                   "natural"),
+    "seconds":         (3.0,          5.984,                    6.0),
+    "epochs":          (12,           20,                       20),
+    "batch_size":      (16,           16,                       16),
+    "accumulate":      (1,            1,                        1),
+    "lr":              (1e-3,         3e-5,                     5e-5),
+    "head_lr":         (None,         None,                     1e-3),         # None: as lr
+    "weight_decay":    (0.01,         0.0,                      0.01),         # AdamW; without decay it is Adam
+    "warmup":          (0.1,          None,                     0.1),          # share of steps, then cosine decay; None: constant
+    "max_norm":        (1.0,          math.inf,                 1.0),          # of the gradient
+    "freeze_cnn":      (False,        False,                    True),
+    "dtype":           ("float32",    "float32",                "bfloat16"),
+}  # fmt: skip
+PRESET_NAMES = ("toy", "paper", "fast")
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog="Defaults: see PRESETS in train.py.")
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add("--preset", choices=PRESET_NAMES, help="default: toy for built-in backbones, fast for pre-trained ones")
+    add("--data", metavar="SOURCE", help="synthetic (default), ravdess, emodb, a corpus folder, or a manifest")
+    add("--backbone", help=f"Hub name, folder saved by transformers, or one of {', '.join(sdser.SIZES)}")
+    add("--exits", type=int, nargs="+", metavar="K", help="layers that get an exit; the last is the teacher")
+    add("--head", choices=sdser.HEADS, help="of the shallow exits")
+    add("--kl-weight", type=non_negative, metavar="A", help="alpha; 0 leaves the term out")
+    add("--hint-weight", type=non_negative, metavar="B", help="beta; 0 leaves the term out")
+    add("--temperature", type=positive, metavar="T")
+    add("--detach-teacher", action=flag, help="whether the teacher is shielded from the KL and hint terms' gradients")
+    add("--label-fraction", type=fraction, metavar="F", help="train on this share of the training clips, by label")
+    add("--fold", type=fold, metavar="I/N", help="cross-validation: speakers dealt into N groups, group I is test")
+    add("--window", choices=("natural", "tile"), help="clips at natural length, or repeated or cut to --seconds")
+    add("--seconds", type=positive, metavar="S", help="natural: longer training clips are cropped at random")
+    add("--epochs", type=positive_int, metavar="N")
+    add("--batch-size", type=positive_int, metavar="N")
+    add("--accumulate", type=positive_int, metavar="N", help="batches per step")
+    add("--lr", type=positive, metavar="X", help="learning rate of the backbone")
+    add("--head-lr", type=positive, metavar="X", help="learning rate of the exits")
+    add("--freeze-cnn", action=flag, help="whether the convolutional encoder stays as it is")
+    add("--dtype", choices=("float32", "bfloat16"), help="bfloat16: by autocast")
+    add("--compile", action="store_true", default=None, help="compile the transformer layers (pays on CUDA)")
+    add("--device", metavar="D", help="default: cuda where there is one, else cpu")
+    add("--workers", type=int, metavar="N", help="processes that load audio (default 0: none beside this one)")
+    add("--seed", type=int, metavar="N", help="default 0")
+    add("--skip-bad", action="store_true", default=None, help="leave unreadable clips out instead of stopping")
+    add("--out", default="out", metavar="DIR", help="default: out")
+    add("--resume", action="store_true", help="go on with the run in --out; its flags need not be repeated")
+    return parser.parse_args(argv)
+
+
+def number(convert, test, wanted):
+    """An argparse type: a number that passes the test."""
+
+    def parse(text):
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not math.isfinite(value) or not test(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    return parse
+
+
+positive = number(float, lambda x: x > 0, "a number above 0")
+non_negative = number(float, lambda x: x >= 0, "a number of at least 0")
+positive_int = number(int, lambda x: x > 0, "a whole number above 0")
+fraction = number(float, lambda x: 0 < x <= 1, "a share above 0 and at most 1")
+
+
+def fold(text: str) -> list[int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and 1 <= int(index) <= int(count) and int(count) >= 3):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 1 to N and N of at least 3")
+    return [int(index), int(count)]
+
+
+def complete_args(given: argparse.Namespace) -> tuple[argparse.Namespace, dict | None]:
+    """Fills in what was not given, from the run that is resumed or else from the preset; returns the run's state too."""
+    given = {name: value for name, value in vars(given).items() if value is not None}
+    if given.pop("resume"):
+        state = load_state(Path(given["out"]))
+        for name, value in given.items():
+            if name not in ("out", "device", "workers") and state["args"][name] != value:
+                flag, before = "--" + name.replace("_", "-"), state["args"][name]
+                raise ValueError(f"{flag} {value}: the run in {given['out']} has {before}; leave the flag out to resume it")
+        return argparse.Namespace(**{**state["args"], **given}), state
+    preset = given.get("preset") or ("toy" if given.get("backbone", "tiny") in sdser.SIZES else "fast")
+    defaults = {name: row[PRESET_NAMES.index(preset)] for name, row in PRESETS.items()}
+    defaults |= dict(preset=preset, data="synthetic", fold=None, label_fraction=1.0, seed=0, device=None, workers=0,
+                     compile=False, skip_bad=False)  # fmt: skip
+    args = argparse.Namespace(**{**defaults, **given})
+    args.head_lr = args.head_lr or args.lr
+    return args, None
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+
+def measure(clip: sdser.Clip) -> float | str:
+    """A clip's seconds from its file's header, or what is wrong with it: a look at each end, without decoding it all."""
+    try:
+        with sdser.open_audio(clip.path) as file:
+            seconds = file.frames / file.samplerate
+            if seconds * sdser.SAMPLE_RATE < 400:
+                return f"{clip.path}: {seconds:.3f} s are shorter than one frame (25 ms)"
+            if clip.split != "train" and seconds > sdser.MAX_SECONDS:
+                return f"{clip.path}: {seconds:.0f} s are longer than the limit of {sdser.MAX_SECONDS} s; cut it into parts"
+            try:
+                file.seek(file.frames - 1)
+                whole = len(file.read(1)) == 1
+            except RuntimeError:
+                whole = False
+            return seconds if whole else f"{clip.path}: damaged or cut short; replace the file"
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def keep_readable(clips: list[sdser.Clip], skip_bad: bool) -> tuple[list[sdser.Clip], list[float]]:
+    """The clips that can be read, and their seconds; without `skip_bad`, one that cannot be read stops the run."""
+    with ThreadPoolExecutor(8) as pool:  # waits for disks, not for this processor
+        found = list(tqdm(pool.map(measure, clips), "looking at files", len(clips), leave=False, disable=None, delay=2))
+    bad = [problem for problem in found if isinstance(problem, str)]
+    if bad and not skip_bad:
+        raise ValueError(f"{bad[0]} ({len(bad)} of {len(clips)} clips are bad; --skip-bad leaves them out)")
+    for problem in bad:
+        warnings.warn(f"left out: {problem}", stacklevel=2)
+    good = [(clip, seconds) for clip, seconds in zip(clips, found) if not isinstance(seconds, str)]
+    return [clip for clip, _ in good], [seconds for _, seconds in good]
+
+
+def take_fraction(clips: list[sdser.Clip], share: float, seed: int) -> list[sdser.Clip]:
+    """All but training clips as they are; of those a share of each label, at least one. A larger share holds a smaller."""
+    training = defaultdict(list)
+    for clip in clips:
+        if clip.split == "train":
+            training[clip.label].append(clip)
+    kept = set()
+    for label in sorted(training):
+        random.Random(seed).shuffle(training[label])
+        kept.update(training[label][: max(1, round(share * len(training[label])))])
+    return [clip for clip in clips if clip.split != "train" or clip in kept]
+
+
+class ClipDataset(Dataset):
+    """Clip i -> (waveform (T,), label index), or a sentence if it cannot be read. Long training clips are cropped."""
+
+    def __init__(self, clips, labels, args, training: bool):
+        self.clips, self.labels, self.training = clips, labels, training
+        self.tile, self.seed, self.samples = args.window == "tile", args.seed, round(args.seconds * sdser.SAMPLE_RATE)
+        self.epoch = 0
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, i):
+        clip = self.clips[i]
+        try:
+            waveform = sdser.load_audio(clip.path, None if self.training else sdser.MAX_SECONDS)
+        except (OSError, ValueError) as error:
+            return str(error)
+        if self.tile:
+            waveform = sdser.tile(waveform, self.samples)
+        elif self.training and len(waveform) > self.samples:
+            # seeded by clip and epoch, so that neither workers nor a resumed run change the crop
+            start = random.Random(f"{self.seed} {self.epoch} {i}").randrange(len(waveform) - self.samples + 1)
+            waveform = waveform[start : start + self.samples]
+        return waveform, self.labels.index(clip.label)
+
+
+def collate(items):
+    """-> waveforms (B, T) padded with zeros, lengths (B,), targets (B,), and sentences on what could not be read."""
+    problems = [item for item in items if isinstance(item, str)]
+    pairs = [item for item in items if not isinstance(item, str)]
+    lengths = torch.tensor([len(waveform) for waveform, _ in pairs])
+    targets = torch.tensor([target for _, target in pairs])
+    waveforms = torch.nn.utils.rnn.pad_sequence([w for w, _ in pairs], batch_first=True) if pairs else torch.empty(0)
+    return waveforms, lengths, targets, problems
+
+
+def make_batches(seconds: list[float], size: int, seed: int | None = None) -> list[list[int]]:
+    """Clip indices in batches of similar length; in random order if there is a seed."""
+    if seed is None:
+        order = np.argsort(seconds, kind="stable")
+        return [order[i : i + size].tolist() for i in range(0, len(order), size)]
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(seconds))
+    pools = [order[i : i + 8 * size] for i in range(0, len(order), 8 * size)]  # sorted in each pool, random across
+    pools = [pool[np.argsort(np.asarray(seconds)[pool], kind="stable")] for pool in pools]
+    batches = [pool[i : i + size].tolist() for pool in pools for i in range(0, len(pool), size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def load_batches(dataset, batches, args):
+    """Yields (waveforms, lengths, targets) of each batch; an unreadable clip is left out or stops the run."""
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
+                        pin_memory=args.device != "cpu", generator=torch.Generator())  # fmt: skip
+    for *batch, problems in loader:
+        for problem in problems:
+            if not args.skip_bad:
+                raise ValueError(f"{problem} (--skip-bad leaves such clips out)")
+            warnings.warn(f"left out: {problem}", stacklevel=2)
+        if len(batch[2]):
+            yield batch
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model: sdser.MultiExitSER, dataset, seconds, args) -> dict:
+    """{"exits": [{"exit", "uar", "accuracy", "macro_f1"}, ...], "fusion": {...}} over all clips of the dataset."""
+    model.eval()
+    targets, predictions = [], []
+    batches = make_batches(seconds, args.batch_size)
+    for waveforms, lengths, target in tqdm(load_batches(dataset, batches, args), "evaluating", len(batches),
+                                           leave=False, disable=None):  # fmt: skip
+        with autocast(args):
+            outputs = model(waveforms.to(args.device), lengths.to(args.device))
+        logits = torch.stack([*(output.logits for output in outputs), sdser.fuse(outputs)])  # (exits + 1, B, C)
+        predictions.append(logits.argmax(-1).cpu())
+        targets.append(target)
+    targets, predictions = torch.cat(targets), torch.cat(predictions, -1)  # (N,), (exits + 1, N)
+    *exits, fusion = (sdser.scores(targets, row, len(model.labels)) for row in predictions)
+    return {"exits": [{"exit": exit} | row for exit, row in zip(model.exits, exits)], "fusion": fusion}
+
+
+def autocast(args):
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(model: sdser.MultiExitSER, args, steps: int):
+    """AdamW over backbone and heads, and the learning rate's course over `steps`."""
+    model.backbone.feature_extractor.requires_grad_(not args.freeze_cnn)
+    groups = [
+        {"params": [p for p in model.backbone.parameters() if p.requires_grad], "lr": args.lr},
+        {"params": list(model.heads.parameters()), "lr": args.head_lr},
+    ]
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+
+    def factor(step):
+        if args.warmup is None:
+            return 1.0
+        warmup = max(1, round(args.warmup * steps))
+        return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def train_epoch(model, batches, dataset, optimizer, scheduler, args, title: str) -> dict[str, float]:
+    """One pass over the training clips; returns the mean loss and its parts."""
+    model.train()
+    sums, clips = defaultdict(float), 0
+    loader = load_batches(dataset, batches, args)
+    bar = tqdm(total=len(batches), desc=title, unit="batch", leave=False, disable=None)
+    while step := list(islice(loader, args.accumulate)):
+        step_clips = sum(len(targets) for _, _, targets in step)
+        for waveforms, lengths, targets in step:
+            with autocast(args):
+                outputs = model(waveforms.to(args.device), lengths.to(args.device))
+            loss, parts = sdser.self_distillation_loss(
+                outputs, targets.to(args.device), args.kl_weight, args.hint_weight, args.temperature, args.detach_teacher
+            )
+            if not math.isfinite(loss.item()):
+                raise ValueError(f"the loss became {loss.item()}; try a smaller --lr, or --dtype float32")
+            (loss * len(targets) / step_clips).backward()  # so that the step's gradient is that of one large batch
+            for name, value in {"loss": loss.item(), **parts}.items():
+                sums[name] += value * len(targets)
+            clips += len(targets)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        bar.update(len(step))
+        bar.set_postfix(loss=f"{sums['loss'] / clips:.3f}")
+    bar.close()
+    return {name: value / clips for name, value in sums.items()}
+
+
+def run(args: argparse.Namespace, state: dict | None) -> None:
+    """Trains, keeps the best epoch by dev UAR, scores it once on test, and reports."""
+    start, out = time.time(), Path(args.out)
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    # Data: split by speaker, unreadable clips found before they cost anything, one dataset per split.
+    clips, seconds = keep_readable(sdser.split_clips(sdser.load_corpus(args.data), args.fold), args.skip_bad)
+    sdser.check_splits(clips)
+    labels = sorted({clip.label for clip in clips})
+    seconds_of = dict(zip(clips, seconds))
+    clips = take_fraction(clips, args.label_fraction, args.seed)
+    datasets, lengths = {}, {}
+    for split in sdser.SPLITS:
+        part = [clip for clip in clips if clip.split == split]
+        datasets[split] = ClipDataset(part, labels, args, training=split == "train")
+        lengths[split] = [seconds_of[clip] for clip in part]
+    lengths["train"] = [min(length, args.seconds) for length in lengths["train"]]
+    counts = ", ".join(f"{len(datasets[s])} {s} ({len({c.speaker for c in datasets[s].clips})})" for s in sdser.SPLITS)
+    print(f"{args.data}: {len(labels)} emotions; clips (speakers): {counts}")
+
+    # Model, optimizer, and where a resumed run left them.
+    torch.manual_seed(args.seed)
+    tile_seconds = args.seconds if args.window == "tile" else None
+    model = sdser.MultiExitSER(labels, args.backbone, args.exits, args.head, tile_seconds).to(args.device)
+    steps = args.epochs * math.ceil(math.ceil(len(datasets["train"]) / args.batch_size) / args.accumulate)
+    optimizer, scheduler = make_optimizer(model, args, steps)
+    trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
+    print(f"{args.backbone}: exits {model.exits}, {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, "
+          f"preset {args.preset}, on {args.device}")  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    log = []
+    if state:
+        for part, name in ((model, "model"), (optimizer, "optimizer"), (scheduler, "scheduler")):
+            part.load_state_dict(state[name])
+        log = state["log"]
+    else:
+        for name in ("results.json", "train_state.pt"):  # of an earlier run
+            (out / name).unlink(missing_ok=True)
+    write(out / "split.csv", split_csv(clips))
+    if args.compile:
+        for layer in model.backbone.encoder.layers:
+            layer.compile(dynamic=True)
+
+    # Training. Each epoch seeds its own dropout, masks, crops and order, so a resumed run repeats an unbroken one.
+    for epoch in range(len(log) + 1, args.epochs + 1):
+        epoch_start = time.time()
+        torch.manual_seed(args.seed + epoch)
+        datasets["train"].epoch = epoch
+        batches = make_batches(lengths["train"], args.batch_size, args.seed + epoch)
+        title = f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}"
+        losses = train_epoch(model, batches, datasets["train"], optimizer, scheduler, args, title)
+        dev = evaluate(model, datasets["dev"], lengths["dev"], args)
+        mean_uar = sum(row["uar"] for row in dev["exits"]) / len(dev["exits"])
+        best = mean_uar > max((line["dev_uar"] for line in log), default=-1)
+        log.append({"epoch": epoch, **losses, "lr": scheduler.get_last_lr()[0], "seconds": time.time() - epoch_start,
+                    "dev_uar": mean_uar, "dev": dev})  # fmt: skip
+        per_exit = "  ".join(f"{row['exit']}: {row['uar']:.3f}" for row in dev["exits"])
+        print(f"{title}  loss {losses['loss']:.3f}  dev UAR at exit {per_exit}  {'best' if best else ''}", flush=True)
+        if best:
+            model.save_pretrained(out)
+        state = {"args": vars(args), "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                 "scheduler": scheduler.state_dict()}  # fmt: skip
+        write(out / "train_state.pt", lambda path, state=state: torch.save(state, path))
+        write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+
+    # The best epoch, on dev once more and on test for the first time.
+    model = sdser.MultiExitSER.from_pretrained(out).to(args.device)
+    results = {"labels": labels, "args": vars(args), "seconds": round(time.time() - start, 1)}
+    results |= {split: evaluate(model, datasets[split], lengths[split], args) for split in ("dev", "test")}
+    write(out / "results.json", json.dumps(results, indent=2))
+    report(results, log, out)
+
+
+def report(results: dict, log: list[dict], out: Path) -> None:
+    best = max(log, key=lambda line: line["dev_uar"])["epoch"]
+    print(f"\nbest epoch {best}, by mean dev UAR (chance {1 / len(results['labels']):.3f})\n")
+    print("                    dev             test")
+    print("exit           UAR  accuracy    UAR  accuracy")
+    deepest = results["dev"]["exits"][-1]["exit"]
+    rows = zip([*results["dev"]["exits"], results["dev"]["fusion"]], [*results["test"]["exits"], results["test"]["fusion"]])
+    for dev, test in rows:
+        name = dev.get("exit", "fusion")
+        name = f"{name} (teacher)" if name == deepest and len(results["dev"]["exits"]) > 1 else str(name)
+        print(f"{name:12} {dev['uar']:.3f}  {dev['accuracy']:8.3f}  {test['uar']:.3f}  {test['accuracy']:8.3f}")
+    print(f"\nin {out}: config.json and model.safetensors (the model), results.json, log.jsonl, split.csv, train_state.pt")
+
+
+def split_csv(clips: list[sdser.Clip]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(sdser.Clip._fields)
+    writer.writerows(clip._replace(path=os.path.abspath(clip.path)) for clip in clips)
+    return text.getvalue()
+
+
+def write(path: Path, content) -> None:
+    """Writes text, or what `content(path)` writes, so that a kill leaves the old file or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(content, encoding="utf-8") if isinstance(content, str) else content(temporary)
+    os.replace(temporary, path)
+
+
+def load_state(out: Path) -> dict:
+    """What the last finished epoch saved for `--resume`."""
+    path = out / "train_state.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, so there is no run to resume; leave --resume out")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: cannot be read ({reason}); train anew without --resume") from error
+
+
+def main(argv=None) -> None:
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    try:
+        run(*complete_args(parse_args(argv)))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
