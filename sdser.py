@@ -8,7 +8,7 @@ Self-distillation", ICASSP 2023, arXiv 2210.14636.
 In the order in which data meets it:
 
     audio       load_audio                     file -> waveform
-    backbone    load_backbone, masked_standardize
+    backbone    load_backbone, standardize
     exits       ExitHead
     the model   MultiExitSER                   waveform -> one ExitOutput per exit; early exit; saving and loading
     the loss    self_distillation_loss         and fuse, which lets the most certain exit decide
@@ -130,11 +130,17 @@ def tile(waveform: Tensor, samples: int) -> Tensor:
 # Built-in shapes with random weights, of about 1, 4, 95 and 315 million parameters. What is not named is as in
 # facebook/wav2vec2-base, so "base" is exactly that model; "large" is facebook/wav2vec2-large-lv60, a pre-LN layout.
 SIZES = {
-    "tiny": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, conv_dim=[64] * 7),
-    "small": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768, conv_dim=[96] * 7),
-    "base": dict(),
+    "tiny": dict(
+        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
+        conv_dim=[32] * 7, activation_dropout=0.0, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+    ),
+    "small": dict(
+        hidden_size=192, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768,
+        conv_dim=[96] * 7, activation_dropout=0.0,
+    ),
+    "base": dict(activation_dropout=0.0),
     "large": dict(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, activation_dropout=0.0,
         feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True,
     ),
 }  # fmt: skip
@@ -197,19 +203,18 @@ def valid_mask(lengths: Tensor, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
-def masked_standardize(x: Tensor, valid: Tensor | None, eps: float) -> Tensor:
-    """Zero mean and unit variance over the valid part of the last axis; zero elsewhere.
+def standardize(waveforms: Tensor, valid: Tensor | None) -> Tensor:
+    """Zero mean and unit variance over each clip's valid samples; zero elsewhere. As the backbones' feature extractors.
 
-    Padding may hold anything, NaN included. x: (B, C, T); valid: (B, 1, T) bool, or None where all is valid.
+    waveforms: (B, T); valid: (B, T) bool, or None where all is valid. Padding may hold anything, NaN included.
     """
     if valid is None:
-        variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
-        return (x - mean) * torch.rsqrt(variance + eps)
-    count = valid.sum(-1, keepdim=True)
-    mean = torch.where(valid, x, 0).sum(-1, keepdim=True) / count
-    centred = torch.where(valid, x - mean, 0)
-    variance = centred.square().sum(-1, keepdim=True) / count
-    return centred * torch.rsqrt(variance + eps)
+        variance, mean = torch.var_mean(waveforms, -1, correction=0, keepdim=True)  # (B, 1)
+        return (waveforms - mean) * torch.rsqrt(variance + 1e-7)
+    count = valid.sum(-1, keepdim=True)  # (B, 1)
+    mean = torch.where(valid, waveforms, 0).sum(-1, keepdim=True) / count
+    centred = torch.where(valid, waveforms - mean, 0)
+    return centred * torch.rsqrt(centred.square().sum(-1, keepdim=True) / count + 1e-7)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -357,21 +362,22 @@ class MultiExitSER(
         """Waveforms (B, T) -> what the first transformer layer reads, (B, T, D), and its valid frames, (B, T) or None."""
         waveforms, lengths = self.check_batch(waveforms, lengths)
         config, encoder = self.backbone.config, self.backbone.encoder
-        valid = None if lengths is None else valid_mask(lengths, waveforms.shape[1])[:, None]  # (B, 1, T)
-        x = waveforms[:, None]  # (B, 1, T)
+        valid = None if lengths is None else valid_mask(lengths, waveforms.shape[1])  # (B, T)
         if config.do_normalize:
-            x = masked_standardize(x, valid, eps=1e-7)  # as the backbones' feature extractors do
+            waveforms = standardize(waveforms, valid)
         elif valid is not None:
-            x = torch.where(valid, x, 0)
+            waveforms = torch.where(valid, waveforms, 0)
 
+        x = waveforms[:, None]  # (B, 1, T)
         for i, layer in enumerate(self.backbone.feature_extractor.conv_layers):
             if lengths is not None:
                 lengths = (lengths - config.conv_kernel[i]) // config.conv_stride[i] + 1
             if i == 0 and config.feat_extract_norm == "group" and lengths is not None:
-                # The GroupNorm of "base" models normalises each channel over time: count the clip's own frames alone.
-                x, norm = layer.conv(x), layer.layer_norm
-                y = masked_standardize(x.float(), valid_mask(lengths, x.shape[-1])[:, None], norm.eps)
-                x = layer.activation((y * norm.weight[:, None] + norm.bias[:, None]).to(x.dtype))
+                # The GroupNorm of "base" models normalises over time: each clip by itself, or padding would count.
+                x, padded = layer.conv(x), []
+                for clip, length in zip(x.split(1), lengths.tolist()):
+                    padded.append(F.pad(layer.layer_norm(clip[..., :length]), (0, x.shape[-1] - length)))
+                x = layer.activation(torch.cat(padded))
             else:
                 x = layer(x)  # (B, channels, T)
 
@@ -1024,10 +1030,10 @@ class Prosody(NamedTuple):
 
 PROSODY = {
     #                    pitch accent contour tempo tilt  fade tremor breath
-    "anger":     Prosody(+2.0,   3.0,   -3.0,  5.0,  -5,   2,   0.1,  0.02),
-    "fear":      Prosody(+3.0,   1.0,   +1.0,  5.5,  -9,   0,   0.8,  0.10),
-    "happiness": Prosody(+3.0,   3.5,   +3.0,  4.5,  -8,   0,   0.1,  0.03),
-    "sadness":   Prosody(-1.0,   1.0,   -2.0,  3.5, -12,   8,   0.3,  0.08),
+    "anger":     Prosody(+1.5,   3.0,   -6.0,  5.0,  -4,   4,   0.1,  0.02),
+    "fear":      Prosody(+5.0,   0.7,   +1.0,  6.5,  -9,   0,   1.0,  0.08),
+    "happiness": Prosody(+3.0,   4.0,   +6.0,  4.0,  -8,   0,   0.1,  0.02),
+    "sadness":   Prosody(-2.5,   0.7,   -2.0,  2.7, -13,   9,   0.2,  0.05),
 }  # fmt: skip
 VOWELS = [(730, 1090, 2440), (270, 2290, 3010), (300, 870, 2240), (530, 1840, 2480), (570, 840, 2410)]  # formants, Hz
 
@@ -1039,9 +1045,9 @@ def synthesize(prosody: Prosody, pitch: float, size: float, rng: np.random.Gener
         pitch: the speaker's mean, Hz.
         size: the speaker's formants relative to VOWELS.
     Returns:
-        (T,) float32 at 16 kHz, 1.0 to 1.8 s.
+        (T,) float32 at 16 kHz, 1.0 to 1.6 s.
     """
-    seconds = rng.uniform(1.0, 1.8)
+    seconds = rng.uniform(1.0, 1.6)
     syllables = max(2, round(seconds * prosody.tempo * rng.uniform(0.8, 1.2)))
     samples = int(seconds * SAMPLE_RATE)
     t = np.arange(samples) / samples  # 0 to 1 over the clip
@@ -1049,7 +1055,7 @@ def synthesize(prosody: Prosody, pitch: float, size: float, rng: np.random.Gener
     # source: a sawtooth's phase follows the pitch; breath is noise
     accents = np.repeat(rng.normal(0, prosody.accent / 2, syllables), -(-samples // syllables))[:samples]
     wave = prosody.tremor * np.sin(2 * np.pi * (6 * seconds * t + rng.uniform()))
-    semitones = prosody.pitch + rng.normal(0, 1.5) + prosody.contour * (t - 0.5) * rng.uniform(0.3, 1.7) + accents + wave
+    semitones = prosody.pitch + rng.normal(0, 1.0) + prosody.contour * (t - 0.5) * rng.uniform(0.3, 1.7) + accents + wave
     phase = np.cumsum(pitch * 2 ** (semitones / 12) / SAMPLE_RATE)
     source = 2 * (phase % 1) - 1 + rng.normal(0, prosody.breath, samples)
 
@@ -1066,7 +1072,7 @@ def synthesize(prosody: Prosody, pitch: float, size: float, rng: np.random.Gener
     return (0.5 * clip / np.abs(clip).max() + rng.normal(0, 0.003, samples)).astype(np.float32)
 
 
-def make_synthetic(speakers: int = 12, clips: int = 16, seed: int = 0) -> str:
+def make_synthetic(speakers: int = 12, clips: int = 24, seed: int = 0) -> str:
     """Writes the synthetic corpus into the cache, once; returns its folder. The same seed gives the same samples."""
     folder = cache_folder() / f"synthetic-{speakers}-{clips}-{seed}"
     if folder.is_dir():

@@ -1,0 +1,83 @@
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import HubertConfig, Wav2Vec2Config, WavLMConfig
+
+import sdser
+
+# Six layouts: three backbones, each with the norm of "base" models (GroupNorm, post-LN) and of "large" ones (pre-LN).
+TINY = dict(
+    hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, conv_dim=[16] * 7,
+    num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+)  # fmt: skip
+PRE_LN = dict(feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True)
+LAYOUTS = {
+    f"{config.model_type}-{name}": config(**TINY, **norm)
+    for config in (Wav2Vec2Config, HubertConfig, WavLMConfig)
+    for name, norm in (("base", {}), ("large", PRE_LN))
+}
+LABELS = ["anger", "joy", "sadness"]
+
+
+def build(layout="wav2vec2-base", exits=(1, 2, 4), head="gru", **changes) -> sdser.MultiExitSER:
+    """A tiny model of a layout, in evaluation mode; its random weights depend on torch's seed."""
+    config = LAYOUTS[layout].to_dict() | {"do_normalize": True} | changes
+    return sdser.MultiExitSER(LABELS, config, list(exits), head).eval()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory, monkeypatch):
+    """Caches go to a folder of the test's own; nothing may ask the network."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request):
+    return request.param
+
+
+@pytest.fixture
+def real_speech() -> Path:
+    folder = Path(os.environ.get("SDSER_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real speech in {folder}; set SDSER_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A manifest of 36 short clips: 6 speakers, 2 emotions, 3 clips each."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    rows = ["path,label,speaker"]
+    for speaker in range(6):
+        for label in ("anger", "sadness"):
+            for n in range(3):
+                wave = sdser.synthesize(sdser.PROSODY[label], 100 + 20 * speaker, 1.0, rng)
+                name = f"{speaker}-{label}-{n}.wav"
+                soundfile.write(folder / name, wave[: 6000 + 1000 * n], 16000)
+                rows.append(f"{name},{label},s{speaker}")
+    (folder / "all.csv").write_text("\n".join(rows))
+    return folder / "all.csv"
+
+
+@pytest.fixture
+def wav(tmp_path):
+    """Writes a file of samples, 16 kHz unless told otherwise, and returns its path."""
+
+    def write(samples, name="clip.wav", rate=16000, **kwargs):
+        path = tmp_path / name
+        soundfile.write(path, samples, rate, **kwargs)
+        return path
+
+    return write

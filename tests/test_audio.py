@@ -1,0 +1,121 @@
+"""Reading audio: what people really have, and what is refused."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import build
+
+import sdser
+
+TONE = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3", "aiff"])
+def test_formats(wav, ending):
+    waveform = sdser.load_audio(wav(TONE, f"clip.{ending}"))
+    assert waveform.dtype == torch.float32 and waveform.shape == (16_000,)
+    if ending in ("wav", "flac", "aiff"):
+        torch.testing.assert_close(waveform, torch.from_numpy(TONE).float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000, 192_000])
+def test_any_rate_becomes_16_khz(wav, rate):
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    waveform = sdser.load_audio(wav(tone, rate=rate))
+    assert len(waveform) == 16_000
+    middle = slice(1000, -1000)  # away from the filter's edges
+    torch.testing.assert_close(waveform[middle], torch.from_numpy(TONE).float()[middle], atol=5e-3, rtol=0)
+
+
+def test_channels_are_averaged(wav):
+    channels = np.random.default_rng(0).uniform(-0.5, 0.5, (8000, 8)).astype(np.float32)
+    waveform = sdser.load_audio(wav(channels, subtype="FLOAT"))
+    torch.testing.assert_close(waveform, torch.from_numpy(channels.mean(1)))
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac", "mp3", "aiff"])
+@pytest.mark.parametrize("kept", [0, 1, 20, 60, 0.5, -100])
+def test_cut_files_are_refused(wav, ending, kept):
+    path = wav(TONE, f"clip.{ending}")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
+    with pytest.raises(ValueError, match=rf"^{path}: .*(cut short|empty|not an audio file)"):
+        sdser.load_audio(path)
+
+
+def test_a_stream_of_unknown_length_is_not_cut(wav):
+    path = wav(TONE)
+    content = bytearray(path.read_bytes())
+    content[40:44] = content[4:8] = b"\xff\xff\xff\xff"  # what programs write into a pipe
+    path.write_bytes(content)
+    assert len(sdser.load_audio(path)) == 16_000
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        (np.zeros(0), "shorter than one frame"),
+        (np.ones(1), "1 samples at 16 kHz are shorter than one frame"),
+        (np.ones(399), "399 samples"),
+        (np.full(8000, np.nan), "NaN or infinite"),
+        (np.r_[np.ones(8000), np.inf], "NaN or infinite"),
+    ],
+)
+def test_unusable_samples_are_refused(wav, samples, message):
+    path = wav(samples.astype(np.float32), subtype="FLOAT")
+    with pytest.raises(ValueError, match=rf"^{path}: .*{message}"):
+        sdser.load_audio(path)
+
+
+def test_what_is_no_audio_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.wav: no such file"):
+        sdser.load_audio(tmp_path / "none.wav")
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        sdser.load_audio(tmp_path)
+    (tmp_path / "text.wav").write_text("not audio at all " * 100)
+    with pytest.raises(ValueError, match=r"text.wav: not an audio file"):
+        sdser.load_audio(tmp_path / "text.wav")
+
+
+def test_long_files_are_refused_before_they_are_decoded(wav, monkeypatch):
+    path = wav(np.zeros(8000 * 61, dtype=np.int16), rate=8000)
+    monkeypatch.setattr(soundfile.SoundFile, "read", None)
+    with pytest.raises(ValueError, match=rf"^{path}: 61 s is longer than the limit of 60 s"):
+        build().classify([path])
+
+
+def test_silence_is_read_with_a_warning(wav):
+    with pytest.warns(UserWarning, match="digital silence"):
+        assert len(sdser.load_audio(wav(np.zeros(8000)))) == 8000
+
+
+def test_tile_repeats_or_cuts():
+    assert sdser.tile(torch.tensor([1.0, 2, 3]), 7).tolist() == [1, 2, 3, 1, 2, 3, 1]
+    assert sdser.tile(torch.tensor([1.0, 2, 3]), 2).tolist() == [1, 2]
+
+
+def test_original_recordings_match_their_16_khz_twins(real_speech):
+    """48 kHz mono and stereo and 22.05 kHz files, beside FLACs made from them by another program."""
+    originals = sorted((real_speech / "ravdess-original").rglob("*.wav"))
+    assert len(originals) == 6
+    assert len({(f.samplerate, f.channels) for f in map(soundfile.SoundFile, originals)}) == 3
+    for original in originals:
+        ours = sdser.load_audio(original)
+        twin = sdser.load_audio(real_speech / "ravdess" / original.parent.name / f"{original.stem}.flac")
+        size = min(len(ours), len(twin))
+        assert abs(len(ours) - len(twin)) <= 2
+        assert torch.corrcoef(torch.stack([ours[:size], twin[:size]]))[0, 1] > 0.98
+
+
+@torch.no_grad()
+def test_masking_is_exact_on_real_speech(real_speech):
+    """Six clips of 1.4 to 9 s through the shape of facebook/wav2vec2-base's encoder: batched equals alone."""
+    clips = [sdser.load_audio(path) for path in sorted((real_speech / "emodb").rglob("*.flac"))[:60:10]]
+    model = sdser.MultiExitSER(["a", "b"], "small").eval()
+    waveforms = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True, padding_value=float("nan"))
+    together = model(waveforms, torch.tensor([len(clip) for clip in clips]))
+    for i, clip in enumerate(clips):
+        for a, b in zip(together, model(clip[None])):
+            torch.testing.assert_close(a.logits[i], b.logits[0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(a.embedding[i], b.embedding[0], atol=1e-5, rtol=0)

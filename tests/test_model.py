@@ -1,0 +1,337 @@
+"""The model against `transformers` itself, and against its own promises: batch = single, exit k = k layers."""
+
+import pytest
+import torch
+from conftest import LABELS, LAYOUTS, build
+from transformers import AutoConfig, AutoModel, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+
+import sdser
+
+LENGTHS = [20_000, 401, 9_999]
+
+
+def padded_batch(padding=float("nan")):
+    """Three clips of different lengths; what stands behind them must not matter, so it is NaN."""
+    waveforms, lengths = 0.1 * torch.randn(len(LENGTHS), max(LENGTHS)) + 0.02, torch.tensor(LENGTHS)
+    for waveform, length in zip(waveforms, LENGTHS):
+        waveform[length:] = padding
+    return waveforms, lengths
+
+
+def count_layers(model) -> list[int]:
+    """A list that grows by a layer's index (from 1) and the number of clips in it each time a layer runs."""
+    calls = []
+    for index, layer in enumerate(model.backbone.encoder.layers, 1):
+        layer.register_forward_hook(lambda _, args, __, index=index: calls.append((index, len(args[0]))))
+    return calls
+
+
+# -- exact masking ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("head", sdser.HEADS)
+@torch.no_grad()
+def test_padding_changes_nothing(layout, head):
+    model = build(layout, head=[head] * 3)
+    waveforms, lengths = padded_batch()
+    together = model(waveforms, lengths)
+    for i, length in enumerate(LENGTHS):
+        alone = model(waveforms[i : i + 1, :length])
+        for a, b in zip(together, alone):
+            torch.testing.assert_close(a.logits[i], b.logits[0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(a.embedding[i], b.embedding[0], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_padding_would_matter_to_transformers_own_forward():
+    """Why the masking is ours: with its attention mask, the stock forward moves a padded clip's embedding."""
+    backbone = Wav2Vec2Model(LAYOUTS["wav2vec2-base"]).eval()
+    waveforms, lengths = padded_batch(padding=0.0)
+    mask = sdser.valid_mask(lengths, waveforms.shape[1]).long()
+    together = backbone(waveforms, attention_mask=mask).last_hidden_state[2]
+    alone = backbone(waveforms[2:, : LENGTHS[2]]).last_hidden_state[0]
+    assert (together[: len(alone)].mean(0) - alone.mean(0)).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_without_normalisation_padding_changes_nothing():
+    model = build("wavlm-base", do_normalize=False)
+    waveforms, lengths = padded_batch()
+    together, alone = model(waveforms, lengths)[-1], model(waveforms[2:, : LENGTHS[2]])[-1]
+    torch.testing.assert_close(together.logits[2], alone.logits[0], atol=1e-5, rtol=0)
+    assert not torch.allclose(alone.logits, model(5 * waveforms[2:, : LENGTHS[2]])[-1].logits, atol=1e-4)
+
+
+@torch.no_grad()
+def test_loudness_and_offset_change_nothing():
+    model, waveform = build(), 0.1 * torch.randn(1, 8000)
+    torch.testing.assert_close(model(waveform)[-1].logits, model(5 * waveform + 0.3)[-1].logits, atol=1e-4, rtol=0)
+
+
+# -- exits ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_exit_is_the_transformers_model_of_that_many_layers(layout):
+    model = build(layout, exits=[1, 2, 3, 4])
+    waveform = 0.1 * torch.randn(1, 16_000) + 0.02
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=True)
+    normalised = extractor(waveform[0].numpy(), sampling_rate=16_000, return_tensors="pt").input_values
+    for k in model.exits:
+        config = AutoConfig.for_model(**model.backbone.config.to_dict() | {"num_hidden_layers": k})
+        shallow = AutoModel.from_config(config).eval()
+        weights = model.backbone.state_dict()
+        shallow.load_state_dict({name: weights[name] for name in shallow.state_dict()})
+        seen = []
+        hook = model.heads[str(k)].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        model(waveform, exit=k)
+        hook.remove()
+        torch.testing.assert_close(seen[0], shallow(normalised).last_hidden_state, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_exit_runs_its_layers_and_no_more(layout):
+    model = build(layout)
+    everything = model(torch.ones(1, 4000).cumsum(1).sin())
+    calls = count_layers(model)
+    for k, expected in zip(model.exits, everything):
+        calls.clear()
+        [output] = model(torch.ones(1, 4000).cumsum(1).sin(), exit=k)
+        assert [layer for layer, _ in calls] == list(range(1, k + 1))
+        assert output.exit == expected.exit == k
+        torch.testing.assert_close(output.logits, expected.logits)
+
+
+def test_gru_head_is_the_papers():
+    """GRU from a zero state, LayerNorm, SELU, mean over frames, two linear layers: worked out step by step."""
+    head, hidden = sdser.ExitHead("gru", 8, 3), torch.randn(2, 5, 8)
+    cell, state, states = torch.nn.GRUCell(8, 8), torch.zeros(2, 8), []
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in head.rnn.state_dict().items()})
+    for t in range(5):
+        state = cell(hidden[:, t], state)
+        states.append(torch.selu(head.norm(state)))
+    expected = torch.stack(states).mean(0)
+    logits, embedding = head(hidden)
+    torch.testing.assert_close(embedding, expected)
+    torch.testing.assert_close(logits, head.classify(head.project(expected)))
+    assert head.project.out_features == 256
+
+
+def test_heads_of_shallow_and_deepest_exit():
+    assert build(head="gru").config["head"] == ["gru", "gru", "mean"]
+    assert build(exits=[3], head="gru").config["head"] == ["gru"]
+    assert len(build(exits=[3]).backbone.encoder.layers) == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "exits", "million"), [("tiny", [1, 2, 4], 1), ("small", [2, 4, 6], 4), ("base", [3, 8, 10, 12], 94)]
+)
+def test_built_in_sizes(size, exits, million):
+    model = sdser.MultiExitSER(LABELS, size, head="mean")
+    assert model.exits == exits
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(million, rel=0.3)
+
+
+def test_default_exits_of_large():
+    assert sdser.default_exits("large", 24) == [6, 16, 20, 24]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(exits=[2, 2]), "must increase"),
+        (dict(exits=[0, 2]), "must increase, from 1"),
+        (dict(exits=[2, 5]), "4 layers at most"),
+        (dict(head="conv"), "gru, lstm, attention, mean"),
+        (dict(head=["gru", "mean"]), "each of 3 exits"),
+        (dict(labels=["anger"]), "at least two"),
+        (dict(labels=["anger", "anger"]), "all different"),
+        (dict(backbone="tinny"), "tiny, small, base, large"),
+        (dict(backbone="no/such/folder"), "no/such/folder: not a built-in size"),
+        (dict(backbone={"model_type": "bert"}), "wav2vec2, hubert, wavlm"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        sdser.MultiExitSER(**{"labels": LABELS, "backbone": "tiny", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m(torch.randn(8000)), "waveforms must be"),
+        (lambda m: m(torch.zeros(1, 8000, dtype=torch.int64)), "float tensor, not torch.int64"),
+        (lambda m: m(torch.randn(2, 8000), torch.tensor([8000])), r"lengths must have shape \(2,\)"),
+        (lambda m: m(torch.randn(2, 8000), torch.tensor([8000, 399])), "from 400 to 8000"),
+        (lambda m: m(torch.randn(2, 8000), torch.tensor([8001, 500])), "from 400 to 8000"),
+        (lambda m: m(torch.randn(1, 399)), "from 400"),
+        (lambda m: m(torch.randn(1, 8000), exit=3), "exit 3: the model has exits 1, 2, 4"),
+        (lambda m: m.truncate(3), "exit 3: the model has exits 1, 2, 4"),
+    ],
+)
+def test_wrong_input_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(build())
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_parameter_learns_also_from_the_shortest_clips(layout):
+    model = build(layout, head="lstm").train()
+    targets = torch.tensor([0, 1, 2])
+    for autocast in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = model(torch.randn(3, 401), torch.tensor([401, 400, 401]))
+        loss, _ = sdser.self_distillation_loss(outputs, targets)
+        loss.backward()
+        assert loss.isfinite() and all(o.logits.dtype == torch.float32 for o in outputs)
+        missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert not missing
+
+
+def test_time_mask_covers_its_share_in_spans_that_fit():
+    model = build(mask_time_prob=0.2, mask_time_length=10)
+    hidden, frames = torch.zeros(400, 100, 1), torch.tensor([100, 30, 4, 1] * 100)
+    valid = sdser.valid_mask(frames, 100)
+    mask = model.sample_time_mask(hidden, valid)
+    assert not (mask & ~valid).any()
+    share = mask[frames == 100].float().mean().item()
+    assert 0.14 < share < 0.2  # spans may overlap, so a little less than 0.2
+    assert mask[frames == 4].sum(1).max() <= 2 and mask[frames == 1].sum() == 0
+    runs = mask[frames == 100].float().diff(dim=1).eq(1).sum(1)
+    assert runs.max() <= 3  # a few long spans, not scattered frames
+
+
+def test_mask_embedding_is_trained_only_where_it_is_used():
+    assert build(mask_time_prob=0.05).backbone.masked_spec_embed.requires_grad
+    model = build(mask_time_prob=0.0, mask_feature_prob=0.1)
+    assert not model.backbone.masked_spec_embed.requires_grad
+
+
+def test_layers_are_never_dropped():
+    model = build(layerdrop=0.9).train()
+    calls = count_layers(model)
+    model(torch.randn(1, 4000))
+    assert [layer for layer, _ in calls] == [1, 2, 3, 4]
+
+
+# -- early exit -------------------------------------------------------------------------------------------------------
+
+
+def confident_model(layout, clips):
+    """A model and a threshold at which clips leave at different exits."""
+    model = build(layout)
+    with torch.no_grad():
+        for head in model.heads.values():
+            head.classify.weight *= 20
+    waveforms = torch.stack([torch.sin(torch.arange(9000) * (0.05 + 0.1 * i)) for i in range(clips)])
+    waveforms += 0.3 * torch.randn_like(waveforms)
+    first = model(waveforms)[0].logits.softmax(-1).amax(-1)
+    return model, waveforms, first.median().item() + 1e-4
+
+
+@torch.no_grad()
+def test_early_exit_drops_clips_and_gives_each_what_it_gets_alone(layout):
+    model, waveforms, threshold = confident_model(layout, clips=6)
+    lengths = torch.tensor([9000, 8000, 9000, 5000, 3000, 9000])
+    every = model(waveforms, lengths)
+    calls = count_layers(model)
+    logits, exits = model.early_exit(waveforms, lengths, threshold)
+    clips_per_layer = dict(calls)
+    assert len(calls) == len(clips_per_layer) == exits.max()
+    assert clips_per_layer == {layer: (exits >= layer).sum().item() for layer in range(1, int(exits.max()) + 1)}
+    assert len(exits.unique()) > 1, "the test must see clips leave at different exits"
+    for i, length in enumerate(lengths):
+        confidences = [output.logits[i].softmax(-1).max() for output in every]
+        expected = next((k for k, c in zip(model.exits, confidences) if c >= threshold), 4)
+        assert exits[i] == expected
+        torch.testing.assert_close(logits[i], every[model.exits.index(expected)].logits[i], atol=1e-5, rtol=0)
+        alone, alone_exit = model.early_exit(waveforms[i : i + 1, :length], None, threshold)
+        assert alone_exit == exits[i]
+        torch.testing.assert_close(alone[0], logits[i], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_early_exit_at_the_limits():
+    model, waveforms = build(), torch.randn(3, 6000)
+    assert model.early_exit(waveforms, None, 0.0)[1].tolist() == [1, 1, 1]
+    assert model.early_exit(waveforms, None, 1.0)[1].tolist() == [4, 4, 4]
+
+
+# -- classify ---------------------------------------------------------------------------------------------------------
+
+
+def test_classify_files_and_waveforms(wav):
+    model = build().train()
+    waveform = (0.1 * torch.randn(9000)).clamp(-1, 1)
+    path = wav(waveform.numpy(), subtype="FLOAT")
+    for exit in (None, 1, 2, 4):
+        a, b = model.classify([path, waveform], exit=exit)
+        with torch.no_grad():
+            expected = model.eval()(waveform[None], exit=exit or 4)[0].logits.softmax(-1)[0]
+        model.train()
+        assert a._replace(milliseconds=0) == b._replace(milliseconds=0)
+        assert a.exit == (exit or 4) and a.milliseconds > 0
+        assert list(a.probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-6)
+        assert a.label == LABELS[expected.argmax()] and a.confidence == pytest.approx(expected.max().item(), abs=1e-6)
+    assert model.training
+    assert model.classify(str(path)) and model.classify([waveform.double().numpy()])
+
+
+def test_classify_with_thresholds():
+    model, waveforms, threshold = confident_model("wav2vec2-base", clips=4)
+    expected = model.early_exit(waveforms, None, threshold)[1].tolist()
+    assert [p.exit for p in model.classify(waveforms, threshold=threshold)] == expected
+    with pytest.raises(ValueError, match="not been calibrated"):
+        model.classify(waveforms, threshold="auto")
+    model.threshold = threshold
+    assert [p.exit for p in model.classify(waveforms, threshold="auto")] == expected
+
+
+@pytest.mark.parametrize(
+    ("clip", "arguments", "message"),
+    [
+        (torch.randn(8000), dict(exit=3), "has exits 1, 2, 4"),
+        (torch.randn(8000), dict(exit=1, threshold=0.5), "exclude each other"),
+        (torch.randn(8000), dict(threshold=1.5), "from 0 to 1"),
+        (torch.randn(399), {}, "shorter than one frame"),
+        (torch.randn(1, 8000), {}, "1-D float"),
+        (torch.zeros(8000, dtype=torch.int16), {}, "1-D float"),
+        (torch.full((8000,), float("nan")), {}, "NaN or infinite"),
+        (torch.randn(16000 * 60 + 1), {}, "longer than the limit of 60 s"),
+    ],
+)
+def test_classify_refuses(clip, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        build().classify([clip], **arguments)
+
+
+def test_silence_is_classified_with_a_warning():
+    with pytest.warns(UserWarning, match="digital silence"):
+        [prediction] = build().classify([torch.zeros(8000)])
+    assert 0 < prediction.confidence <= 1
+
+
+def test_a_model_trained_on_tiles_classifies_tiles():
+    model = sdser.MultiExitSER(LABELS, LAYOUTS["wav2vec2-base"].to_dict() | {"do_normalize": True}, tile_seconds=0.5)
+    model.eval()
+    waveform = torch.randn(3000)
+    tiled = torch.cat([waveform, waveform, waveform[:2000]])
+    with torch.no_grad():
+        expected = model(tiled[None])[-1].logits.softmax(-1)[0].tolist()
+    assert list(model.classify([waveform])[0].probabilities.values()) == pytest.approx(expected, abs=1e-6)
+    assert model.prepare(torch.randn(9000)).shape == (8000,)
+
+
+@torch.no_grad()
+def test_truncated_model_is_its_own(layout):
+    model = build(layout, head="attention")
+    waveforms, lengths = padded_batch()
+    small = model.truncate(2)
+    assert small.exits == [2] and len(small.backbone.encoder.layers) == 2 and small.head_kinds == ["attention"]
+    torch.testing.assert_close(small(waveforms, lengths)[0].logits, model(waveforms, lengths)[1].logits)
+    for parameter in model.parameters():
+        parameter.zero_()
+    assert small(waveforms, lengths)[0].logits.abs().max() > 0
