@@ -837,13 +837,15 @@ def read_manifest(manifest: str) -> list[Clip]:
         try:
             if manifest.lower().endswith(".jsonl"):
                 rows = [(number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip()]
+                if odd := [number for number, row in rows if not isinstance(row, dict)]:
+                    raise ValueError(f"line {odd[0]}: not an object")
                 header = list(rows[0][1]) if rows else []
             else:
                 tsv = manifest.lower().endswith(".tsv")
                 reader = csv.DictReader(file, delimiter="\t" if tsv else ",", restval="")
                 rows = [(reader.line_num, row) for row in reader]
                 header = reader.fieldnames or []
-        except (ValueError, TypeError, csv.Error) as error:
+        except (ValueError, csv.Error) as error:
             raise ValueError(f"{manifest}: not readable as a manifest ({error})") from error
     if not rows:
         raise ValueError(f"{manifest}: lists no clips")
@@ -1030,10 +1032,10 @@ class Prosody(NamedTuple):
 
 PROSODY = {
     #                    pitch accent contour tempo tilt  fade tremor breath
-    "anger":     Prosody(+1.5,   3.0,   -6.0,  5.0,  -4,   4,   0.1,  0.02),
-    "fear":      Prosody(+5.0,   0.7,   +1.0,  6.5,  -9,   0,   1.0,  0.08),
-    "happiness": Prosody(+3.0,   4.0,   +6.0,  4.0,  -8,   0,   0.1,  0.02),
-    "sadness":   Prosody(-2.5,   0.7,   -2.0,  2.7, -13,   9,   0.2,  0.05),
+    "anger":     Prosody(+1.5,   3.0,   -6.0,  5.0,  -5,   4,   0.1,  0.02),
+    "fear":      Prosody(+4.0,   1.0,   +1.0,  6.0,  -9,   0,   0.8,  0.06),
+    "happiness": Prosody(+3.0,   4.0,   +6.0,  4.5,  -8,   0,   0.1,  0.02),
+    "sadness":   Prosody(-2.0,   1.0,   -2.0,  3.0, -11,   9,   0.2,  0.05),
 }  # fmt: skip
 VOWELS = [(730, 1090, 2440), (270, 2290, 3010), (300, 870, 2240), (530, 1840, 2480), (570, 840, 2410)]  # formants, Hz
 

@@ -35,7 +35,7 @@ PRESETS = {
     #                   toy           paper                     fast
     "backbone":        ("tiny",       "facebook/wav2vec2-base", "facebook/wav2vec2-base"),
     "exits":           (None,         None,                     None),         # None: as MultiExitSER chooses
-    "head":            ("gru",        "gru",                    "attention"),
+    "head":            ("attention",  "gru",                    "attention"),
     "kl_weight":       (1.0,          1.0,                      1.0),
     "hint_weight":     (1.0,          1.0,                      1.0),
     "temperature":     (1.0,          1.0,                      1.0),
@@ -45,7 +45,7 @@ PRESETS = {
     "epochs":          (12,           20,                       20),
     "batch_size":      (16,           16,                       16),
     "accumulate":      (1,            1,                        1),
-    "lr":              (1e-3,         3e-5,                     5e-5),
+    "lr":              (2e-3,         3e-5,                     5e-5),
     "head_lr":         (None,         None,                     1e-3),         # None: as lr
     "weight_decay":    (0.01,         0.0,                      0.01),         # AdamW; without decay it is Adam
     "warmup":          (0.1,          None,                     0.1),          # share of steps, then cosine decay; None: constant
@@ -288,7 +288,8 @@ def make_optimizer(model: sdser.MultiExitSER, args, steps: int):
         if args.warmup is None:
             return 1.0
         warmup = max(1, round(args.warmup * steps))
-        return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+        decayed = (step - warmup) / max(1, steps - warmup)
+        return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * decayed)
 
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -327,6 +328,11 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     """Trains, keeps the best epoch by dev UAR, scores it once on test, and reports."""
     start, out = time.time(), Path(args.out)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises for unknown and for absent devices
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {args.device}: cannot be used here ({reason}); leave the flag out") from error
 
     # Data: split by speaker, unreadable clips found before they cost anything, one dataset per split.
     clips, seconds = keep_readable(sdser.split_clips(sdser.load_corpus(args.data), args.fold), args.skip_bad)

@@ -1,0 +1,365 @@
+"""The training script end to end on a small corpus, and what it refuses."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import LAYOUTS
+from transformers import AutoModel, Wav2Vec2Config, Wav2Vec2Model
+
+import sdser
+import train
+
+ROOT = Path(__file__).parents[1]
+
+
+def fit(corpus, out, *flags):
+    train.main(["--data", str(corpus), "--epochs", "2", "--batch-size", "4", "--out", str(out), *map(str, flags)])
+    return json.loads((out / "results.json").read_text())
+
+
+def arguments(*flags):
+    return train.complete_args(train.parse_args(list(flags)))[0]
+
+
+def refused(capsys, *flags) -> str:
+    """Runs the script, which must end with status 2, and returns its one sentence."""
+    with pytest.raises(SystemExit) as end:
+        train.main(list(map(str, flags)))
+    assert end.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "error: " in error
+    return error.partition("error: ")[2]
+
+
+# -- a run ------------------------------------------------------------------------------------------------------------
+
+
+def test_files_of_a_run(corpus, tmp_path, capsys):
+    results = fit(corpus, tmp_path / "run")
+    printed = capsys.readouterr().out
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    wanted = {"config.json", "model.safetensors", "train_state.pt", "split.csv", "log.jsonl", "results.json"}
+    assert files - {"README.md"} == wanted
+
+    assert results["labels"] == ["anger", "sadness"] and results["seconds"] > 0
+    assert results["args"]["preset"] == "toy" and results["args"]["lr"] == arguments().lr
+    for split in ("dev", "test"):
+        assert [row["exit"] for row in results[split]["exits"]] == [1, 2, 4]
+        for row in [*results[split]["exits"], results[split]["fusion"]]:
+            assert all(0 <= row[name] <= 1 for name in ("uar", "accuracy", "macro_f1"))
+
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [1, 2]
+    for line in log:
+        total = line["ce"] + line["ce_students"] + line["kl"] + line["hint"]
+        assert line["loss"] == pytest.approx(total, rel=1e-4)
+    best = max(log, key=lambda line: line["dev_uar"])
+    assert results["dev"] == best["dev"], "the saved model is the best epoch's"
+
+    rows = list(csv.DictReader((tmp_path / "run" / "split.csv").open()))
+    assert list(rows[0]) == ["path", "label", "speaker", "split"] and len(rows) == 36
+    assert all(Path(row["path"]).is_absolute() for row in rows)
+    assert sdser.split_clips(sdser.load_corpus(tmp_path / "run" / "split.csv")) == [sdser.Clip(**row) for row in rows]
+
+    assert "epoch 1/2" in printed and "epoch 2/2" in printed
+    for name in ("teacher", "fusion", "dev", "test", "UAR", "accuracy", str(tmp_path / "run")):
+        assert name in printed
+    [prediction] = sdser.MultiExitSER.from_pretrained(tmp_path / "run").classify([rows[0]["path"]])
+    assert prediction.label in results["labels"]
+
+
+def test_same_seed_same_scores(corpus, tmp_path):
+    a, b, c = (fit(corpus, tmp_path / name, "--seed", seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert (a["dev"], a["test"]) == (b["dev"], b["test"])
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
+    assert weights[0] == weights[1] != weights[2]
+    splits = [(tmp_path / name / "split.csv").read_text() for name in "abc"]
+    assert splits[0] == splits[1] == splits[2]
+
+
+def test_workers_change_nothing(corpus, tmp_path):
+    flags = "--seconds", 0.4, "--epochs", 1
+    a, b = fit(corpus, tmp_path / "a", *flags), fit(corpus, tmp_path / "b", *flags, "--workers", 2)
+    assert (a["dev"], a["test"]) == (b["dev"], b["test"])
+
+
+def test_resume_ends_where_an_unbroken_run_does(corpus, tmp_path, monkeypatch, capsys):
+    fit(corpus, tmp_path / "whole", "--epochs", 3)
+    epoch = train.train_epoch
+
+    def killed(*args):
+        if args[-1].startswith("epoch 3"):
+            raise KeyboardInterrupt
+        return epoch(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_epoch", killed)
+        fit(corpus, tmp_path / "cut", "--epochs", 3)
+    assert not (tmp_path / "cut" / "results.json").exists()
+    train.main(["--resume", "--out", str(tmp_path / "cut")])
+    for file in ("model.safetensors", "split.csv"):
+        assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    whole, cut = (torch.load(tmp_path / run / "train_state.pt", weights_only=True) for run in ("whole", "cut"))
+    assert all(torch.equal(value, cut["model"][name]) for name, value in whole["model"].items())
+    assert len((tmp_path / "cut" / "log.jsonl").read_text().splitlines()) == 3
+    message = refused(capsys, "--resume", "--out", tmp_path / "cut", "--lr", 0.5)
+    assert message.startswith("--lr 0.5: the run in")
+
+
+def test_test_clips_are_read_once_and_last(corpus, tmp_path, monkeypatch):
+    read, load_audio = [], sdser.load_audio
+    monkeypatch.setattr(sdser, "load_audio", lambda path, *args: read.append(str(path)) or load_audio(path, *args))
+    fit(corpus, tmp_path)
+    tested = [row["path"] for row in csv.DictReader((tmp_path / "split.csv").open()) if row["split"] == "test"]
+    assert sorted(read[-len(tested) :]) == sorted(tested)
+    assert not set(tested) & set(read[: -len(tested)])
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+def weights_after_a_step(corpus, batch_size, accumulate):
+    """Weights after one step on 8 clips without dropout or masks."""
+    args = arguments("--batch-size", str(batch_size), "--accumulate", str(accumulate), "--lr", "0.1")
+    args.device, args.max_norm = "cpu", 1.0
+    clips = sdser.load_corpus(corpus)[:8]
+    torch.manual_seed(0)
+    config = LAYOUTS["wav2vec2-base"].to_dict() | dict(do_normalize=True, mask_time_prob=0.0)
+    config |= dict.fromkeys([name for name in config if "dropout" in name], 0.0)
+    model = sdser.MultiExitSER(["anger", "sadness"], config, [1, 4], "gru")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    batches = [list(range(8))[i : i + batch_size] for i in range(0, 8, batch_size)]
+    dataset = train.ClipDataset(clips, ["anger", "sadness"], args, training=True)
+    losses = train.train_epoch(model, batches, dataset, optimizer, scheduler, args, "")
+    return losses, model.state_dict()
+
+
+def test_accumulation_equals_one_large_batch(corpus):
+    losses, large = weights_after_a_step(corpus, 8, 1)
+    for batch_size, accumulate in ((2, 4), (3, 3)):  # 3, 3 and 2 clips: uneven
+        same_losses, small = weights_after_a_step(corpus, batch_size, accumulate)
+        assert same_losses == pytest.approx(losses, rel=1e-4)
+        for name, value in large.items():
+            torch.testing.assert_close(small[name], value, atol=1e-5, rtol=1e-4)
+    _, separate = weights_after_a_step(corpus, 2, 1)
+    assert not torch.allclose(separate["heads.4.classify.weight"], large["heads.4.classify.weight"], atol=1e-4)
+
+
+def test_batches_hold_clips_of_similar_length_in_random_order():
+    seconds = np.random.default_rng(0).uniform(1, 6, 200).tolist()
+    batches = train.make_batches(seconds, 8, seed=1)
+    assert sorted(sum(batches, [])) == list(range(200)) and max(map(len, batches)) == 8
+    spread = np.mean([np.ptp(np.array(seconds)[batch]) for batch in batches])
+    assert spread < 1.5 < np.ptp(seconds)
+    assert batches == train.make_batches(seconds, 8, seed=1) != train.make_batches(seconds, 8, seed=2)
+    in_order = train.make_batches(seconds, 8)
+    assert [seconds[i] for batch in in_order for i in batch] == sorted(seconds)
+
+
+def test_learning_rate_warms_up_and_decays_or_stays():
+    model = sdser.MultiExitSER(["a", "b"], "tiny")
+    for preset, expected in (("fast", {0: 0.1, 9: 1.0, 54: 0.51, 99: 0.0}), ("paper", {0: 1.0, 99: 1.0})):
+        args = arguments("--preset", preset)
+        optimizer, scheduler = train.make_optimizer(model, args, steps=100)
+        rates = []
+        for _ in range(100):
+            rates.append(scheduler.get_last_lr()[0] / args.lr)
+            optimizer.step()
+            scheduler.step()
+        assert {step: rates[step] for step in expected} == pytest.approx(expected, abs=0.02)
+
+
+def test_frozen_encoder_stays_and_the_rest_learns(corpus, tmp_path):
+    torch.manual_seed(0)
+    Wav2Vec2Model(LAYOUTS["wav2vec2-base"]).save_pretrained(tmp_path / "backbone")
+    before = AutoModel.from_pretrained(tmp_path / "backbone").state_dict()
+    fit(corpus, tmp_path / "run", "--backbone", tmp_path / "backbone", "--epochs", 1)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["args"]["preset"] == "fast" and results["args"]["freeze_cnn"] and results["args"]["dtype"] == "bfloat16"
+    after = sdser.MultiExitSER.from_pretrained(tmp_path / "run").backbone.state_dict()
+    for name in before:
+        unchanged = torch.equal(before[name], after[name])
+        assert unchanged == name.startswith("feature_extractor"), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_trains_from_a_local_folder(corpus, tmp_path, layout):
+    AutoModel.from_config(LAYOUTS[layout]).save_pretrained(tmp_path / "backbone")
+    results = fit(corpus, tmp_path / "run", "--backbone", tmp_path / "backbone", "--exits", 1, 3, "--epochs", 1)
+    assert [row["exit"] for row in results["test"]["exits"]] == [1, 3]
+
+
+def test_wav2vec2_base_shaped_checkpoint_takes_a_step(corpus, tmp_path):
+    Wav2Vec2Model(Wav2Vec2Config()).save_pretrained(tmp_path / "wav2vec2-base")
+    args = arguments("--backbone", str(tmp_path / "wav2vec2-base"))
+    args.device = "cpu"
+    model = sdser.MultiExitSER(["anger", "sadness"], args.backbone, args.exits, args.head)
+    assert model.exits == [3, 8, 10, 12] and args.preset == "fast"
+    optimizer, scheduler = train.make_optimizer(model, args, steps=10)
+    dataset = train.ClipDataset(sdser.load_corpus(corpus)[:2], ["anger", "sadness"], args, training=True)
+    before = model.backbone.encoder.layers[11].feed_forward.output_dense.weight.clone()
+    losses = train.train_epoch(model, [[0, 1]], dataset, optimizer, scheduler, args, "")
+    assert np.isfinite(losses["loss"])
+    assert not torch.equal(before, model.backbone.encoder.layers[11].feed_forward.output_dense.weight)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--preset", "paper"], ["--exits", 4], ["--exits", 2, "--head", "lstm"], ["--window", "tile", "--seconds", 0.3],
+    ["--kl-weight", 0, "--hint-weight", 0], ["--no-detach-teacher", "--temperature", 2], ["--dtype", "bfloat16"],
+    ["--accumulate", 3, "--label-fraction", 0.2], ["--fold", "2/3"],
+])  # fmt: skip
+def test_flags_of_the_comparisons(corpus, tmp_path, flags):
+    tiny = ["--backbone", "tiny"] if "paper" in flags else []
+    results = fit(corpus, tmp_path, *flags, *tiny, "--epochs", 1)
+    model = sdser.MultiExitSER.from_pretrained(tmp_path)
+    assert len(model.exits) == len(results["test"]["exits"])
+    if "--exits" in flags:
+        assert model.exits == [flags[1]] == [len(model.backbone.encoder.layers)]
+        assert model.head_kinds == ["lstm" if "lstm" in flags else "attention"]
+    if "tile" in flags or "paper" in flags:
+        assert model.tile_seconds == (0.3 if "tile" in flags else 5.984)
+
+
+def test_compiled_layers_train(corpus, tmp_path, monkeypatch):
+    """Traced as for CUDA, with lengths that change; the code generator itself would take a minute on a CPU."""
+    compile_layer, compiled = torch.nn.Module.compile, []
+
+    def trace(layer, **kwargs):
+        compiled.append(layer)
+        compile_layer(layer, backend="aot_eager", **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", trace)
+    results = fit(corpus, tmp_path / "a", "--compile", "--exits", 1, 2)
+    assert len(compiled) == 2
+    plain = fit(corpus, tmp_path / "b", "--exits", 1, 2)
+    assert results["test"].keys() == plain["test"].keys()
+    weights = [sdser.MultiExitSER.from_pretrained(tmp_path / name).state_dict() for name in "ab"]
+    assert weights[0].keys() == weights[1].keys()
+
+
+def test_presets():
+    assert arguments().preset == arguments("--backbone", "small").preset == "toy"
+    assert arguments("--backbone", "facebook/wav2vec2-base").preset == "fast"
+    assert arguments("--preset", "paper").backbone == "facebook/wav2vec2-base"
+    paper = arguments("--preset", "paper")
+    recipe = dict(lr=3e-5, head_lr=3e-5, batch_size=16, epochs=20, window="tile", seconds=5.984, head="gru",
+                  kl_weight=1, hint_weight=1, temperature=1, weight_decay=0, warmup=None, dtype="float32")  # fmt: skip
+    assert recipe.items() <= vars(paper).items()
+    assert round(paper.seconds * sdser.SAMPLE_RATE) == 95_744
+    assert arguments("--preset", "paper", "--lr", "1e-4").lr == 1e-4
+    assert arguments("--lr", "0.5").head_lr == 0.5
+    assert arguments("--backbone", "x/y", "--lr", "0.5").head_lr == 1e-3
+
+
+def test_label_fraction_is_stratified_nested_and_of_training_clips_alone():
+    clips = [sdser.Clip(f"{split}{i}", label, None, split)
+             for split in sdser.SPLITS for label, n in (("a", 40), ("b", 10), ("c", 3)) for i in range(n)]  # fmt: skip
+    clips = [clip._replace(path=clip.label + clip.path) for clip in clips]
+    count = lambda some: [sum(c.label == label and c.split == "train" for c in some) for label in "abc"]  # noqa: E731
+    tenth, quarter = train.take_fraction(clips, 0.1, seed=0), train.take_fraction(clips, 0.25, seed=0)
+    assert count(tenth) == [4, 1, 1] and count(quarter) == [10, 2, 1]
+    assert set(tenth) < set(quarter)
+    assert [c for c in tenth if c.split != "train"] == [c for c in clips if c.split != "train"]
+    assert tenth != train.take_fraction(clips, 0.1, seed=1)
+    assert train.take_fraction(clips, 1.0, seed=0) == clips
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--exits", "2", "1"], "exits [2, 1]: they must increase, from 1 to the backbone's 4 layers at most"),
+        (["--exits", "0"], "they must increase"),
+        (["--exits", "5"], "4 layers at most"),
+        (["--fold", "4/3"], "4/3 is not I/N"),
+        (["--fold", "1/2"], "1/2 is not I/N"),
+        (["--label-fraction", "0"], "0 is not a share above 0"),
+        (["--temperature", "nan"], "nan is not a number above 0"),
+        (["--batch-size", "0"], "0 is not a whole number above 0"),
+        (["--backbone", "huge"], "huge: not a built-in size (tiny, small, base, large)"),
+        (["--device", "toaster"], "--device toaster"),
+        (["--resume"], "so there is no run to resume"),
+    ],
+)
+def test_wrong_flags(corpus, tmp_path, capsys, flags, message):
+    assert message in refused(capsys, "--data", corpus, "--out", tmp_path / "run", *flags)
+    assert not (tmp_path / "run").exists(), "nothing half-written"
+
+
+def test_unreadable_clips_stop_the_run_or_are_left_out(corpus, tmp_path, capsys):
+    broken = {"cut.wav": lambda b: b[:5000], "empty.wav": lambda _: b"", "text.wav": lambda _: b"no audio"}
+    rows = corpus.read_text().splitlines()
+    rows = [rows[0], *(f"{corpus.parent}/{row}" for row in rows[1:])]
+    source = (corpus.parent / "0-anger-0.wav").read_bytes()
+    for name, change in broken.items():
+        (tmp_path / name).write_bytes(change(source))
+        rows.append(f"{name},anger,s0")
+    rows.append("gone.wav,anger,s0")
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("\n".join(rows))
+    message = refused(capsys, "--data", manifest, "--out", tmp_path / "run")
+    assert "cut.wav: cut short" in message and "(4 of 40 clips are bad; --skip-bad leaves them out)" in message
+    assert not (tmp_path / "run").exists()
+    with pytest.warns(UserWarning, match="left out") as warned:
+        fit(manifest, tmp_path / "run", "--skip-bad", "--epochs", 1)
+    assert {name for name in (*broken, "gone.wav") if any(name in str(w.message) for w in warned)} == {*broken, "gone.wav"}
+    assert len((tmp_path / "run" / "split.csv").read_text().splitlines()) == 37
+
+
+def test_a_clip_found_bad_only_when_read(corpus, tmp_path, capsys, wav):
+    path = wav(np.full(8000, np.nan, dtype=np.float32), subtype="FLOAT")
+    rows = corpus.read_text().splitlines()
+    rows = [rows[0] + ",split"] + [
+        f"{corpus.parent}/{row},{dict(zip('012345', ['train', 'train', 'train', 'dev', 'dev', 'test']))[row[0]]}"
+        for row in rows[1:]
+    ]
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("\n".join([*rows, f"{path},anger,s0,train"]))
+    message = refused(capsys, "--data", manifest, "--out", tmp_path / "run")
+    assert message == f"{path}: holds NaN or infinite samples; write it anew from its source (--skip-bad leaves such clips out)"
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        fit(manifest, tmp_path / "run", "--skip-bad", "--epochs", 1)
+
+
+def test_long_clips_train_cropped_but_are_not_evaluated(corpus, tmp_path, capsys, wav):
+    path = wav(np.random.default_rng(0).normal(0, 0.1, 61 * 16000))
+    clips = [sdser.Clip(str(path), "anger", "s0", split) for split in ("train", "dev")]
+    assert isinstance(train.measure(clips[0]), float)
+    assert "61 s are longer than the limit of 60 s" in train.measure(clips[1])
+    dataset = train.ClipDataset(clips[:1], ["anger"], arguments("--seconds", "2"), training=True)
+    first, _ = dataset[0]
+    assert len(first) == 32_000
+    dataset.epoch = 1
+    assert not torch.equal(first, dataset[0][0])
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 cut"])
+def test_state_that_cannot_be_resumed(tmp_path, capsys, content):
+    if content is not None:
+        (tmp_path / "train_state.pt").write_bytes(content)
+    message = refused(capsys, "--resume", "--out", tmp_path)
+    assert message.startswith(f"{tmp_path}/train_state.pt: ")
+
+
+def test_not_a_number_stops_before_it_is_learned(corpus, tmp_path, capsys):
+    message = refused(capsys, "--data", corpus, "--out", tmp_path, "--lr", "1e30", "--epochs", "3")
+    assert "the loss became" in message and "smaller --lr" in message
+
+
+def test_as_a_command(tmp_path):
+    """A sentence, status 2 and no traceback also where a process of its own runs."""
+    command = [sys.executable, str(ROOT / "train.py"), "--data", "nowhere", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == (
+        "error: nowhere: no such folder or manifest; give one, or a corpus known by name (synthetic, ravdess, emodb)\n"
+    )
