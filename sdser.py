@@ -7,11 +7,12 @@ Self-distillation", ICASSP 2023, arXiv 2210.14636.
 
 In the order in which data meets it:
 
-    audio       load_audio                     file -> waveform
+    audio       load_audio, prepare            file -> waveform
     backbone    load_backbone, standardize
     exits       ExitHead
     the model   MultiExitSER                   waveform -> one ExitOutput per exit; early exit; saving and loading
     the loss    self_distillation_loss         and fuse, which lets the most certain exit decide
+    many files  predict                        files -> logits
     metrics     unweighted_average_recall, scores
     corpora     load_corpus, split_clips       folders, manifests, downloads, a synthetic voice -> clips
 
@@ -43,6 +44,7 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers.masking_utils import create_bidirectional_mask
 
 SAMPLE_RATE = 16_000
@@ -65,10 +67,7 @@ def load_audio(path, max_seconds: float | None = None) -> Tensor:
         FileNotFoundError: no such file.
         ValueError: not audio, cut short, empty, too short or too long, or with NaN or infinite samples.
     """
-    with open_audio(path) as file:
-        if max_seconds and file.frames > max_seconds * file.samplerate:
-            seconds = file.frames / file.samplerate
-            raise ValueError(f"{path}: {seconds:.0f} s is longer than the limit of {max_seconds} s; cut it into parts")
+    with open_audio(path, max_seconds) as file:
         try:
             samples = file.read(dtype="float32", always_2d=True)  # (T, channels)
         except soundfile.LibsndfileError as error:
@@ -85,7 +84,26 @@ def load_audio(path, max_seconds: float | None = None) -> Tensor:
     return waveform
 
 
-def open_audio(path) -> soundfile.SoundFile:
+def audio_seconds(path, max_seconds: float | None = None) -> float:
+    """A file's length, from its header and a look at its end: finds cut files without decoding them whole.
+
+    Arguments and errors are those of `load_audio`, but for samples that are NaN or infinite.
+    """
+    with open_audio(path, max_seconds) as file:
+        seconds = file.frames / file.samplerate
+        if seconds * SAMPLE_RATE < 400:
+            raise ValueError(f"{path}: {seconds:.3f} s is shorter than one frame (25 ms)")
+        try:
+            file.seek(file.frames - 1)
+            whole = len(file.read(1)) == 1
+        except soundfile.LibsndfileError:
+            whole = False
+        if not whole:
+            raise ValueError(f"{path}: damaged or cut short; replace the file")
+    return seconds
+
+
+def open_audio(path, max_seconds: float | None = None) -> soundfile.SoundFile:
     """Opens a file whose header can be believed; raises what `load_audio` raises."""
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -99,9 +117,14 @@ def open_audio(path) -> soundfile.SoundFile:
         raise ValueError(f"{path}: not an audio file that libsndfile can read ({reason})") from error
     # libsndfile reads a cut WAV as if it were whole and says so in its log alone; 0xFFFFFFFF is a stream's "unknown"
     cut = re.search(r"^\s*(?:data|SSND) : (?!4294967295)(\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+    seconds, problem = file.frames / file.samplerate, None
     if cut and int(cut[1]) > int(cut[2]):
+        problem = f"cut short, {cut[2]} of {cut[1]} bytes of audio are there; replace the file"
+    elif max_seconds and seconds > max_seconds:
+        problem = f"{seconds:.0f} s is longer than the limit of {max_seconds} s; cut it into parts"
+    if problem:
         file.close()
-        raise ValueError(f"{path}: cut short, {cut[2]} of {cut[1]} bytes of audio are there; replace the file")
+        raise ValueError(f"{path}: {problem}")
     return file
 
 
@@ -121,6 +144,18 @@ def check_waveform(waveform: Tensor, name) -> None:
 def tile(waveform: Tensor, samples: int) -> Tensor:
     """Repeats or cuts a waveform (T,) to (samples,), as the paper does to reach 95,744 (5.984 s)."""
     return waveform.repeat(-(-samples // len(waveform)))[:samples]
+
+
+def prepare(clip, tile_seconds: float | None = None) -> Tensor:
+    """A path or a waveform, of at most 60 s -> the waveform (T,) float32 that the model reads; tiled if so trained."""
+    if isinstance(clip, str | os.PathLike):
+        waveform = load_audio(clip, MAX_SECONDS)
+    else:
+        waveform = torch.as_tensor(clip)
+        check_waveform(waveform, "the waveform")
+        if (seconds := len(waveform) / SAMPLE_RATE) > MAX_SECONDS:
+            raise ValueError(f"the waveform: {seconds:.0f} s is longer than the limit of {MAX_SECONDS} s; cut it")
+    return tile(waveform, round(tile_seconds * SAMPLE_RATE)) if tile_seconds else waveform.float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,7 +203,7 @@ def backbone_config(backbone: str | dict) -> transformers.PretrainedConfig:
     except (OSError, ValueError) as error:
         raise FileNotFoundError(unknown) from error
     if config.model_type not in MODEL_TYPES or getattr(config, "conv_pos_batch_norm", False):
-        raise ValueError(f"{backbone}: a {config.model_type} of this layout is not supported, only wav2vec2, hubert, wavlm")
+        raise ValueError(f"{backbone}: {config.model_type} of this layout is not one of {', '.join(MODEL_TYPES)}")
     try:
         config.do_normalize = transformers.Wav2Vec2FeatureExtractor.from_pretrained(backbone).do_normalize
     except OSError:  # a folder without preprocessor_config.json
@@ -316,7 +351,7 @@ class MultiExitSER(
         if isinstance(head, str):
             head = [head] * (len(exits) - 1) + ["mean" if len(exits) > 1 else head]
         if len(head) != len(exits) or set(head) - set(HEADS):
-            raise ValueError(f"head {head}: give one of {', '.join(HEADS)}, or one of these for each of {len(exits)} exits")
+            raise ValueError(f"head {head}: give one of {', '.join(HEADS)}, or one for each of {len(exits)} exits")
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise ValueError(f"labels {list(labels)}: give at least two, all different")
         config.num_hidden_layers = exits[-1]
@@ -359,8 +394,8 @@ class MultiExitSER(
         return outputs
 
     def encode(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Waveforms (B, T) -> what the first transformer layer reads, (B, T, D), and its valid frames, (B, T) or None."""
-        waveforms, lengths = self.check_batch(waveforms, lengths)
+        """Waveforms (B, T) -> what transformer layer 1 reads, (B, T, D), and which frames are valid, (B, T) or None."""
+        lengths = self.check_batch(waveforms, lengths)
         config, encoder = self.backbone.config, self.backbone.encoder
         valid = None if lengths is None else valid_mask(lengths, waveforms.shape[1])  # (B, T)
         if config.do_normalize:
@@ -394,24 +429,24 @@ class MultiExitSER(
             hidden = encoder.layer_norm(hidden)
         return encoder.dropout(hidden), valid
 
-    def check_batch(self, waveforms: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The arguments of `forward` if they fit; lengths become None where no clip is padded."""
+    def check_batch(self, waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
+        """Raises ValueError unless the arguments of `forward` fit; returns lengths, or None where no clip is padded."""
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
             raise ValueError(f"waveforms must be a (B, T) float tensor, not {waveforms.dtype} {tuple(waveforms.shape)}")
         size = shortest = longest = waveforms.shape[1]
         if lengths is not None:
             if lengths.shape != waveforms.shape[:1]:
-                raise ValueError(f"lengths must have shape ({len(waveforms)},), one per clip, not {tuple(lengths.shape)}")
+                raise ValueError(f"lengths must have shape ({len(waveforms)},), not {tuple(lengths.shape)}")
             shortest, longest = lengths.min().item(), lengths.max().item()
         frame = 1  # samples that one frame of the encoder reads: 400 for all known backbones
         for kernel, stride in zip(self.backbone.config.conv_kernel[::-1], self.backbone.config.conv_stride[::-1]):
             frame = (frame - 1) * stride + kernel
         if shortest < frame or longest > size:
             raise ValueError(f"clips of {shortest} to {longest} samples: they must have from {frame} to {size}")
-        return waveforms, None if shortest == size else lengths
+        return None if shortest == size else lengths
 
     def sample_time_mask(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
-        """SpecAugment's time mask (Park et al., 2019): (B, T) bool, true in spans of at most half of a clip's frames."""
+        """SpecAugment's time mask (Park et al., 2019): (B, T) bool, true in spans of at most half a clip."""
         config, (batch, size, _), device = self.backbone.config, hidden.shape, hidden.device
         frames = valid.sum(1) if valid is not None else torch.full((batch,), size, device=device)  # (B,)
         span = (frames // 2).clamp(max=config.mask_time_length)
@@ -426,7 +461,9 @@ class MultiExitSER(
         """Transformer layers start+1 to stop. hidden: (B, T, D). bias: WavLM's position bias, which layer 1 makes."""
         encoder, config = self.backbone.encoder, self.backbone.config
         if config.model_type == "wavlm":
-            with warnings.catch_warnings():  # torch deprecates the bool mask beside a float bias that transformers gives it
+            with (
+                warnings.catch_warnings()
+            ):  # torch deprecates the bool mask beside a float bias that transformers gives it
                 warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")
                 for i in range(start, stop):
                     hidden, bias = encoder.layers[i](hidden, attention_mask=valid, position_bias=bias)
@@ -440,7 +477,9 @@ class MultiExitSER(
         """The classifier at layer `exit` on that layer's hidden states (B, T, D)."""
         if self.backbone.config.do_stable_layer_norm:  # pre-LN: the encoder's last norm belongs to every exit
             hidden = self.backbone.encoder.layer_norm(hidden)
-        with torch.autocast(hidden.device.type, enabled=False):  # half precision slows recurrence, and losses need float32
+        with torch.autocast(
+            hidden.device.type, enabled=False
+        ):  # half precision slows recurrence, and losses need float32
             return ExitOutput(exit, *self.heads[str(exit)](hidden.to(self.dtype), valid))
 
     @property
@@ -509,7 +548,7 @@ class MultiExitSER(
         predictions = []
         try:
             for clip in [clips] if isinstance(clips, str | os.PathLike) else clips:
-                waveform = self.prepare(clip).to(device)[None]  # (1, T)
+                waveform = prepare(clip, self.tile_seconds).to(device)[None]  # (1, T)
                 start = time.perf_counter()
                 if threshold is None:
                     logits, used = self(waveform, exit=exit)[0].logits, exit
@@ -523,18 +562,6 @@ class MultiExitSER(
         finally:
             self.train(training)
         return predictions
-
-    def prepare(self, clip) -> Tensor:
-        """A path or waveform, at most 60 s -> the waveform (T,) that the model reads."""
-        if isinstance(clip, str | os.PathLike):
-            waveform = load_audio(clip, MAX_SECONDS)
-        else:
-            waveform = torch.as_tensor(clip)
-            check_waveform(waveform, "the waveform")
-            if len(waveform) > MAX_SECONDS * SAMPLE_RATE:
-                seconds = len(waveform) / SAMPLE_RATE
-                raise ValueError(f"the waveform: {seconds:.0f} s is longer than the limit of {MAX_SECONDS} s; cut it into parts")
-        return tile(waveform, round(self.tile_seconds * SAMPLE_RATE)) if self.tile_seconds else waveform.float()
 
     # -- smaller, saved, loaded ---------------------------------------------------------------------------------------
 
@@ -589,7 +616,7 @@ class MultiExitSER(
         except Exception as error:
             reason = str(error).strip().partition("\n")[0].rstrip(".:")
             if not os.path.isdir(checkpoint):
-                raise FileNotFoundError(f"{checkpoint}: neither a folder nor a Hub model in reach ({reason})") from error
+                raise FileNotFoundError(f"{checkpoint}: no folder, nor a Hub model in reach ({reason})") from error
             raise ValueError(f"{checkpoint}: not a whole sdser checkpoint ({reason}); train or copy it anew") from error
 
     @classmethod
@@ -653,11 +680,85 @@ def self_distillation_loss(
     return loss, parts
 
 
-def fuse(outputs: list[ExitOutput]) -> Tensor:
-    """The logits (B, C) of each clip's most certain exit: the one with the largest margin, top-1 minus top-2."""
-    logits = torch.stack([output.logits for output in outputs])  # (exits, B, C)
+def fuse(outputs: list[ExitOutput] | Tensor) -> Tensor:
+    """The logits (B, C) of each clip's most certain exit: the one with the largest margin, top-1 minus top-2.
+
+    outputs: what the model returned, or the exits' logits (exits, B, C).
+    """
+    logits = outputs if isinstance(outputs, Tensor) else torch.stack([output.logits for output in outputs])
     first, second = logits.topk(2, dim=-1).values.unbind(-1)  # (exits, B) each
     return logits[(first - second).argmax(0), torch.arange(logits.shape[1], device=logits.device)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class AudioFiles(torch.utils.data.Dataset):
+    """File i -> the waveform (T,) that `prepare` makes of it, or a sentence if it cannot be read."""
+
+    def __init__(self, paths: list[str], tile_seconds: float | None = None):
+        self.paths, self.tile_seconds = paths, tile_seconds
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> Tensor | str:
+        try:
+            return prepare(self.paths[i], self.tile_seconds)
+        except (OSError, ValueError) as error:
+            return str(error)
+
+
+def pad(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Waveforms (T,) -> one batch (B, T) with zeros behind the shorter ones, and lengths (B,)."""
+    lengths = torch.tensor([len(waveform) for waveform in waveforms])
+    return nn.utils.rnn.pad_sequence(waveforms, batch_first=True), lengths
+
+
+@torch.no_grad()
+def predict(
+    model: MultiExitSER,
+    paths: list[str],
+    seconds: list[float],
+    batch_size: int = 16,
+    workers: int = 0,
+    skip_bad: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Runs files through the model in batches of similar length, with a progress bar.
+
+    Args:
+        seconds: of each file, from `audio_seconds`.
+        workers: processes that load audio; 0: none beside this one.
+        skip_bad: warn of a file that cannot be read, instead of raising ValueError.
+    Returns:
+        logits of every exit, (exits, files, C) float32, and which files could be read, (files,) bool; on the CPU.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    logits, done = (
+        torch.zeros(len(model.exits), len(paths), len(model.labels)),
+        torch.zeros(len(paths), dtype=torch.bool),
+    )
+    order = np.argsort(seconds, kind="stable").tolist()
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    loader = torch.utils.data.DataLoader(
+        AudioFiles(paths, model.tile_seconds), batch_sampler=batches, collate_fn=list, num_workers=workers
+    )
+    for batch, items in zip(batches, tqdm(loader, "evaluating", leave=False, disable=None)):
+        for item in items:
+            if isinstance(item, str):
+                if not skip_bad:
+                    raise ValueError(item)
+                warnings.warn(f"left out: {item}", stacklevel=2)
+        readable = [i for i, item in zip(batch, items) if isinstance(item, Tensor)]
+        if readable:
+            waveforms, lengths = pad([item for item in items if isinstance(item, Tensor)])
+            outputs = model(waveforms.to(device), lengths.to(device))
+            logits[:, readable] = torch.stack([output.logits for output in outputs]).float().cpu()
+            done[readable] = True
+    return logits, done
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -781,7 +882,7 @@ def load_corpus(source: str) -> list[Clip]:
         names = ", ".join(["synthetic", *DOWNLOADS])
         raise FileNotFoundError(f"{source}: no such folder or manifest; give one, or a corpus known by name ({names})")
     if not source.lower().endswith(MANIFEST_ENDINGS):
-        raise ValueError(f"{source}: not a corpus; give a folder, or a manifest ending in {', '.join(MANIFEST_ENDINGS)}")
+        raise ValueError(f"{source}: give a folder, or a manifest ending in {', '.join(MANIFEST_ENDINGS)}")
     return read_manifest(source)
 
 
@@ -798,14 +899,14 @@ def read_folder(folder: str) -> list[Clip]:
     corpus, matched = max(((corpus, matches(corpus)) for corpus in CORPORA.values()), key=lambda pair: len(pair[1]))
     if not matched:
         known = ", ".join(corpus.title for corpus in CORPORA.values())
-        raise ValueError(f"{folder}: file names like {files[0].name} belong to no known corpus ({known}); give a manifest")
+        raise ValueError(f"{folder}: {files[0].name} is no file name of a known corpus ({known}); give a manifest")
     if len(matched) < len(files):
         others = len(files) - len(matched)
         warnings.warn(f"{folder}: {others} of {len(files)} audio files are not {corpus.title}, left out", stacklevel=3)
     for path, found in matched:
         if found["label"] not in corpus.labels:
             known = ", ".join(corpus.labels)
-            raise ValueError(f"{path}: unknown emotion {found['label']!r} in a name of {corpus.title}, which has {known}")
+            raise ValueError(f"{path}: unknown emotion {found['label']!r}; {corpus.title} has {known}")
     return [Clip(str(path), corpus.labels[found["label"]], found["speaker"]) for path, found in matched]
 
 
@@ -862,7 +963,7 @@ def read_manifest(manifest: str) -> list[Clip]:
         split = {"devel": "dev", "validation": "dev"}.get(split, split)
         if not path or not label or split not in ("", *SPLITS):
             wrong = "no path" if not path else "no label" if not label else f"unknown split {split!r}"
-            raise ValueError(f"{manifest}, line {number}: {wrong}; give a path, a label, and train, dev, test or nothing")
+            raise ValueError(f"{manifest}, line {number}: {wrong}; give a path, a label, and a split or nothing")
         path = os.path.join(os.path.dirname(manifest), path)
         clips.append(Clip(path, label, speaker or None, split or None))
     return clips
@@ -943,7 +1044,7 @@ def check_splits(clips: list[Clip]) -> None:
                 raise ValueError(f"{who} stands in two splits, {home[who]} and {clip.split}; keep each in one")
     for split in SPLITS:
         if missing := set().union(*labels_of.values()) - labels_of[split]:
-            raise ValueError(f"the {split} split has no clip of {', '.join(sorted(missing))}; every label must be in each")
+            raise ValueError(f"the {split} split has no {', '.join(sorted(missing))}; every label must be in each")
 
 
 # -- downloads --------------------------------------------------------------------------------------------------------
@@ -971,7 +1072,7 @@ def cache_folder() -> Path:
 
 
 def download(name: str) -> str:
-    """Downloads, checks and unpacks a corpus of DOWNLOADS, once; returns its folder. A failure leaves nothing behind."""
+    """Downloads, checks and unpacks a corpus of DOWNLOADS, once; returns its folder. A failure leaves nothing."""
     entry, folder = DOWNLOADS[name], cache_folder() / name
     if folder.is_dir():
         return str(folder)
@@ -984,7 +1085,7 @@ def download(name: str) -> str:
             socket.setdefaulttimeout(60)
             torch.hub.download_url_to_file(entry.url, archive)  # with a progress bar
         except OSError as error:
-            raise ValueError(f"{entry.url}: the download failed ({error}); try again, or unpack it and give its folder") from error
+            raise ValueError(f"{entry.url}: the download failed ({error}); try again, or unpack it by hand") from error
         finally:
             socket.setdefaulttimeout(timeout)
         if entry.md5:
@@ -1006,9 +1107,9 @@ def unpack(archive: str, folder: str, name: str) -> None:
             for member in file.infolist():
                 parts = re.split(r"[/\\]", member.filename)
                 if ".." in parts or parts[0] == "" or ":" in parts[0]:
-                    raise ValueError(f"{name}: the archive would write outside its folder ({member.filename}); not unpacked")
+                    raise ValueError(f"{name}: the archive would write outside its folder ({member.filename})")
             if sum(member.file_size for member in file.infolist()) > MAX_UNPACKED:
-                raise ValueError(f"{name}: the archive unpacks to more than {MAX_UNPACKED >> 30} GiB; not unpacked")
+                raise ValueError(f"{name}: the archive would unpack to more than {MAX_UNPACKED >> 30} GiB")
             file.extractall(folder)
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{name}: not a whole zip archive ({error}); try again") from error
@@ -1032,10 +1133,10 @@ class Prosody(NamedTuple):
 
 PROSODY = {
     #                    pitch accent contour tempo tilt  fade tremor breath
-    "anger":     Prosody(+1.5,   3.0,   -6.0,  5.0,  -5,   4,   0.1,  0.02),
-    "fear":      Prosody(+4.0,   1.0,   +1.0,  6.0,  -9,   0,   0.8,  0.06),
-    "happiness": Prosody(+3.0,   4.0,   +6.0,  4.5,  -8,   0,   0.1,  0.02),
-    "sadness":   Prosody(-2.0,   1.0,   -2.0,  3.0, -11,   9,   0.2,  0.05),
+    "anger":     Prosody(+2.0,   1.5,   -8.0,  5.0,  -7,   4,   0.1,  0.02),
+    "fear":      Prosody(+3.0,   1.0,   +1.0,  6.0,  -9,   0,   1.2,  0.05),
+    "happiness": Prosody(+2.0,   1.5,   +8.0,  4.5,  -8,   0,   0.1,  0.02),
+    "sadness":   Prosody(-1.0,   1.0,   -2.0,  3.0, -10,   9,   0.2,  0.05),
 }  # fmt: skip
 VOWELS = [(730, 1090, 2440), (270, 2290, 3010), (300, 870, 2240), (530, 1840, 2480), (570, 840, 2410)]  # formants, Hz
 
@@ -1057,7 +1158,9 @@ def synthesize(prosody: Prosody, pitch: float, size: float, rng: np.random.Gener
     # source: a sawtooth's phase follows the pitch; breath is noise
     accents = np.repeat(rng.normal(0, prosody.accent / 2, syllables), -(-samples // syllables))[:samples]
     wave = prosody.tremor * np.sin(2 * np.pi * (6 * seconds * t + rng.uniform()))
-    semitones = prosody.pitch + rng.normal(0, 1.0) + prosody.contour * (t - 0.5) * rng.uniform(0.3, 1.7) + accents + wave
+    semitones = (
+        prosody.pitch + rng.normal(0, 1.0) + prosody.contour * (t - 0.5) * rng.uniform(0.5, 1.5) + accents + wave
+    )
     phase = np.cumsum(pitch * 2 ** (semitones / 12) / SAMPLE_RATE)
     source = 2 * (phase % 1) - 1 + rng.normal(0, prosody.breath, samples)
 

@@ -48,7 +48,7 @@ PRESETS = {
     "lr":              (2e-3,         3e-5,                     5e-5),
     "head_lr":         (None,         None,                     1e-3),         # None: as lr
     "weight_decay":    (0.01,         0.0,                      0.01),         # AdamW; without decay it is Adam
-    "warmup":          (0.1,          None,                     0.1),          # share of steps, then cosine decay; None: constant
+    "warmup":          (0.1,          None,                     0.1),          # of steps, then cosine; None: constant
     "max_norm":        (1.0,          math.inf,                 1.0),          # of the gradient
     "freeze_cnn":      (False,        False,                    True),
     "dtype":           ("float32",    "float32",                "bfloat16"),
@@ -57,7 +57,9 @@ PRESET_NAMES = ("toy", "paper", "fast")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog="Defaults: see PRESETS in train.py.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], epilog="Defaults: see PRESETS in train.py."
+    )
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--preset", choices=PRESET_NAMES, help="default: toy for built-in backbones, fast for pre-trained ones")
     add("--data", metavar="SOURCE", help="synthetic (default), ravdess, emodb, a corpus folder, or a manifest")
@@ -118,14 +120,16 @@ def fold(text: str) -> list[int]:
 
 
 def complete_args(given: argparse.Namespace) -> tuple[argparse.Namespace, dict | None]:
-    """Fills in what was not given, from the run that is resumed or else from the preset; returns the run's state too."""
+    """Fills in what was not given, from the resumed run or else the preset; returns the run's state too."""
     given = {name: value for name, value in vars(given).items() if value is not None}
     if given.pop("resume"):
         state = load_state(Path(given["out"]))
         for name, value in given.items():
             if name not in ("out", "device", "workers") and state["args"][name] != value:
                 flag, before = "--" + name.replace("_", "-"), state["args"][name]
-                raise ValueError(f"{flag} {value}: the run in {given['out']} has {before}; leave the flag out to resume it")
+                raise ValueError(
+                    f"{flag} {value}: the run in {given['out']} has {before}; leave the flag out to resume it"
+                )
         return argparse.Namespace(**{**state["args"], **given}), state
     preset = given.get("preset") or ("toy" if given.get("backbone", "tiny") in sdser.SIZES else "fast")
     defaults = {name: row[PRESET_NAMES.index(preset)] for name, row in PRESETS.items()}
@@ -139,27 +143,15 @@ def complete_args(given: argparse.Namespace) -> tuple[argparse.Namespace, dict |
 # -- data -------------------------------------------------------------------------------------------------------------
 
 
-def measure(clip: sdser.Clip) -> float | str:
-    """A clip's seconds from its file's header, or what is wrong with it: a look at each end, without decoding it all."""
-    try:
-        with sdser.open_audio(clip.path) as file:
-            seconds = file.frames / file.samplerate
-            if seconds * sdser.SAMPLE_RATE < 400:
-                return f"{clip.path}: {seconds:.3f} s are shorter than one frame (25 ms)"
-            if clip.split != "train" and seconds > sdser.MAX_SECONDS:
-                return f"{clip.path}: {seconds:.0f} s are longer than the limit of {sdser.MAX_SECONDS} s; cut it into parts"
-            try:
-                file.seek(file.frames - 1)
-                whole = len(file.read(1)) == 1
-            except RuntimeError:
-                whole = False
-            return seconds if whole else f"{clip.path}: damaged or cut short; replace the file"
-    except (OSError, ValueError) as error:
-        return str(error)
-
-
 def keep_readable(clips: list[sdser.Clip], skip_bad: bool) -> tuple[list[sdser.Clip], list[float]]:
     """The clips that can be read, and their seconds; without `skip_bad`, one that cannot be read stops the run."""
+
+    def measure(clip):
+        try:
+            return sdser.audio_seconds(clip.path, None if clip.split == "train" else sdser.MAX_SECONDS)
+        except (OSError, ValueError) as error:
+            return str(error)
+
     with ThreadPoolExecutor(8) as pool:  # waits for disks, not for this processor
         found = list(tqdm(pool.map(measure, clips), "looking at files", len(clips), leave=False, disable=None, delay=2))
     bad = [problem for problem in found if isinstance(problem, str)]
@@ -172,7 +164,7 @@ def keep_readable(clips: list[sdser.Clip], skip_bad: bool) -> tuple[list[sdser.C
 
 
 def take_fraction(clips: list[sdser.Clip], share: float, seed: int) -> list[sdser.Clip]:
-    """All but training clips as they are; of those a share of each label, at least one. A larger share holds a smaller."""
+    """All but training clips as they are; of those a share per label, at least one. Larger shares hold smaller."""
     training = defaultdict(list)
     for clip in clips:
         if clip.split == "train":
@@ -184,13 +176,12 @@ def take_fraction(clips: list[sdser.Clip], share: float, seed: int) -> list[sdse
     return [clip for clip in clips if clip.split != "train" or clip in kept]
 
 
-class ClipDataset(Dataset):
-    """Clip i -> (waveform (T,), label index), or a sentence if it cannot be read. Long training clips are cropped."""
+class TrainingClips(Dataset):
+    """Clip i -> (waveform (T,), label index), long ones cropped; or a sentence if it cannot be read."""
 
-    def __init__(self, clips, labels, args, training: bool):
-        self.clips, self.labels, self.training = clips, labels, training
-        self.tile, self.seed, self.samples = args.window == "tile", args.seed, round(args.seconds * sdser.SAMPLE_RATE)
-        self.epoch = 0
+    def __init__(self, clips, labels, args):
+        self.clips, self.labels, self.seed, self.epoch = clips, labels, args.seed, 0
+        self.tile, self.samples = args.window == "tile", round(args.seconds * sdser.SAMPLE_RATE)
 
     def __len__(self):
         return len(self.clips)
@@ -198,72 +189,55 @@ class ClipDataset(Dataset):
     def __getitem__(self, i):
         clip = self.clips[i]
         try:
-            waveform = sdser.load_audio(clip.path, None if self.training else sdser.MAX_SECONDS)
+            waveform = sdser.load_audio(clip.path)
         except (OSError, ValueError) as error:
             return str(error)
         if self.tile:
             waveform = sdser.tile(waveform, self.samples)
-        elif self.training and len(waveform) > self.samples:
+        elif len(waveform) > self.samples:
             # seeded by clip and epoch, so that neither workers nor a resumed run change the crop
             start = random.Random(f"{self.seed} {self.epoch} {i}").randrange(len(waveform) - self.samples + 1)
             waveform = waveform[start : start + self.samples]
         return waveform, self.labels.index(clip.label)
 
 
-def collate(items):
-    """-> waveforms (B, T) padded with zeros, lengths (B,), targets (B,), and sentences on what could not be read."""
-    problems = [item for item in items if isinstance(item, str)]
-    pairs = [item for item in items if not isinstance(item, str)]
-    lengths = torch.tensor([len(waveform) for waveform, _ in pairs])
-    targets = torch.tensor([target for _, target in pairs])
-    waveforms = torch.nn.utils.rnn.pad_sequence([w for w, _ in pairs], batch_first=True) if pairs else torch.empty(0)
-    return waveforms, lengths, targets, problems
-
-
-def make_batches(seconds: list[float], size: int, seed: int | None = None) -> list[list[int]]:
-    """Clip indices in batches of similar length; in random order if there is a seed."""
-    if seed is None:
-        order = np.argsort(seconds, kind="stable")
-        return [order[i : i + size].tolist() for i in range(0, len(order), size)]
+def make_batches(seconds: list[float], size: int, seed: int) -> list[list[int]]:
+    """Clip indices in batches of similar length, in random order: sorted within pools of 8 batches, random across."""
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(seconds))
-    pools = [order[i : i + 8 * size] for i in range(0, len(order), 8 * size)]  # sorted in each pool, random across
-    pools = [pool[np.argsort(np.asarray(seconds)[pool], kind="stable")] for pool in pools]
+    order, seconds = rng.permutation(len(seconds)), np.asarray(seconds)
+    pools = [order[i : i + 8 * size] for i in range(0, len(order), 8 * size)]
+    pools = [pool[np.argsort(seconds[pool], kind="stable")] for pool in pools]
     batches = [pool[i : i + size].tolist() for pool in pools for i in range(0, len(pool), size)]
     rng.shuffle(batches)
     return batches
 
 
 def load_batches(dataset, batches, args):
-    """Yields (waveforms, lengths, targets) of each batch; an unreadable clip is left out or stops the run."""
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=args.workers,
-                        pin_memory=args.device != "cpu", generator=torch.Generator())  # fmt: skip
-    for *batch, problems in loader:
-        for problem in problems:
+    """Yields waveforms (B, T), lengths (B,), targets (B,); an unreadable clip is left out or stops the run."""
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=args.workers,
+                        generator=torch.Generator())  # fmt: skip
+    for items in loader:
+        for problem in [item for item in items if isinstance(item, str)]:
             if not args.skip_bad:
                 raise ValueError(f"{problem} (--skip-bad leaves such clips out)")
             warnings.warn(f"left out: {problem}", stacklevel=2)
-        if len(batch[2]):
-            yield batch
+        pairs = [item for item in items if not isinstance(item, str)]
+        if pairs:
+            waveforms, targets = zip(*pairs)
+            yield *sdser.pad(waveforms), torch.tensor(targets)
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def evaluate(model: sdser.MultiExitSER, dataset, seconds, args) -> dict:
-    """{"exits": [{"exit", "uar", "accuracy", "macro_f1"}, ...], "fusion": {...}} over all clips of the dataset."""
-    model.eval()
-    targets, predictions = [], []
-    batches = make_batches(seconds, args.batch_size)
-    for waveforms, lengths, target in tqdm(load_batches(dataset, batches, args), "evaluating", len(batches),
-                                           leave=False, disable=None):  # fmt: skip
-        with autocast(args):
-            outputs = model(waveforms.to(args.device), lengths.to(args.device))
-        logits = torch.stack([*(output.logits for output in outputs), sdser.fuse(outputs)])  # (exits + 1, B, C)
-        predictions.append(logits.argmax(-1).cpu())
-        targets.append(target)
-    targets, predictions = torch.cat(targets), torch.cat(predictions, -1)  # (N,), (exits + 1, N)
+def evaluate(model: sdser.MultiExitSER, clips: list[sdser.Clip], seconds: list[float], args) -> dict:
+    """{"exits": [{"exit", "uar", "accuracy", "macro_f1"}, ...], "fusion": {...}} over the clips."""
+    paths = [clip.path for clip in clips]
+    with autocast(args):
+        logits, readable = sdser.predict(model, paths, seconds, args.batch_size, args.workers, args.skip_bad)
+    targets = torch.tensor([model.labels.index(clip.label) for clip in clips])[readable]  # (N,)
+    logits = logits[:, readable]  # (exits, N, C)
+    predictions = [*logits.argmax(-1), sdser.fuse(logits).argmax(-1)]
     *exits, fusion = (sdser.scores(targets, row, len(model.labels)) for row in predictions)
     return {"exits": [{"exit": exit} | row for exit, row in zip(model.exits, exits)], "fusion": fusion}
 
@@ -306,7 +280,12 @@ def train_epoch(model, batches, dataset, optimizer, scheduler, args, title: str)
             with autocast(args):
                 outputs = model(waveforms.to(args.device), lengths.to(args.device))
             loss, parts = sdser.self_distillation_loss(
-                outputs, targets.to(args.device), args.kl_weight, args.hint_weight, args.temperature, args.detach_teacher
+                outputs,
+                targets.to(args.device),
+                args.kl_weight,
+                args.hint_weight,
+                args.temperature,
+                args.detach_teacher,
             )
             if not math.isfinite(loss.item()):
                 raise ValueError(f"the loss became {loss.item()}; try a smaller --lr, or --dtype float32")
@@ -334,26 +313,24 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {args.device}: cannot be used here ({reason}); leave the flag out") from error
 
-    # Data: split by speaker, unreadable clips found before they cost anything, one dataset per split.
+    # Data: split by speaker, unreadable clips found before they cost anything.
     clips, seconds = keep_readable(sdser.split_clips(sdser.load_corpus(args.data), args.fold), args.skip_bad)
     sdser.check_splits(clips)
     labels = sorted({clip.label for clip in clips})
     seconds_of = dict(zip(clips, seconds))
     clips = take_fraction(clips, args.label_fraction, args.seed)
-    datasets, lengths = {}, {}
-    for split in sdser.SPLITS:
-        part = [clip for clip in clips if clip.split == split]
-        datasets[split] = ClipDataset(part, labels, args, training=split == "train")
-        lengths[split] = [seconds_of[clip] for clip in part]
-    lengths["train"] = [min(length, args.seconds) for length in lengths["train"]]
-    counts = ", ".join(f"{len(datasets[s])} {s} ({len({c.speaker for c in datasets[s].clips})})" for s in sdser.SPLITS)
+    parts = {split: [clip for clip in clips if clip.split == split] for split in sdser.SPLITS}
+    seconds = {split: [seconds_of[clip] for clip in part] for split, part in parts.items()}
+    counts = ", ".join(f"{len(part)} {split} ({len({c.speaker for c in part})})" for split, part in parts.items())
     print(f"{args.data}: {len(labels)} emotions; clips (speakers): {counts}")
+    dataset = TrainingClips(parts["train"], labels, args)
+    cropped = [min(length, args.seconds) for length in seconds["train"]]
 
     # Model, optimizer, and where a resumed run left them.
     torch.manual_seed(args.seed)
     tile_seconds = args.seconds if args.window == "tile" else None
     model = sdser.MultiExitSER(labels, args.backbone, args.exits, args.head, tile_seconds).to(args.device)
-    steps = args.epochs * math.ceil(math.ceil(len(datasets["train"]) / args.batch_size) / args.accumulate)
+    steps = args.epochs * math.ceil(math.ceil(len(dataset) / args.batch_size) / args.accumulate)
     optimizer, scheduler = make_optimizer(model, args, steps)
     trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
     print(f"{args.backbone}: exits {model.exits}, {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, "
@@ -376,11 +353,11 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     for epoch in range(len(log) + 1, args.epochs + 1):
         epoch_start = time.time()
         torch.manual_seed(args.seed + epoch)
-        datasets["train"].epoch = epoch
-        batches = make_batches(lengths["train"], args.batch_size, args.seed + epoch)
+        dataset.epoch = epoch
+        batches = make_batches(cropped, args.batch_size, args.seed + epoch)
         title = f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}"
-        losses = train_epoch(model, batches, datasets["train"], optimizer, scheduler, args, title)
-        dev = evaluate(model, datasets["dev"], lengths["dev"], args)
+        losses = train_epoch(model, batches, dataset, optimizer, scheduler, args, title)
+        dev = evaluate(model, parts["dev"], seconds["dev"], args)
         mean_uar = sum(row["uar"] for row in dev["exits"]) / len(dev["exits"])
         best = mean_uar > max((line["dev_uar"] for line in log), default=-1)
         log.append({"epoch": epoch, **losses, "lr": scheduler.get_last_lr()[0], "seconds": time.time() - epoch_start,
@@ -397,7 +374,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     # The best epoch, on dev once more and on test for the first time.
     model = sdser.MultiExitSER.from_pretrained(out).to(args.device)
     results = {"labels": labels, "args": vars(args), "seconds": round(time.time() - start, 1)}
-    results |= {split: evaluate(model, datasets[split], lengths[split], args) for split in ("dev", "test")}
+    results |= {split: evaluate(model, parts[split], seconds[split], args) for split in ("dev", "test")}
     write(out / "results.json", json.dumps(results, indent=2))
     report(results, log, out)
 
@@ -408,12 +385,16 @@ def report(results: dict, log: list[dict], out: Path) -> None:
     print("                    dev             test")
     print("exit           UAR  accuracy    UAR  accuracy")
     deepest = results["dev"]["exits"][-1]["exit"]
-    rows = zip([*results["dev"]["exits"], results["dev"]["fusion"]], [*results["test"]["exits"], results["test"]["fusion"]])
+    rows = zip(
+        [*results["dev"]["exits"], results["dev"]["fusion"]], [*results["test"]["exits"], results["test"]["fusion"]]
+    )
     for dev, test in rows:
         name = dev.get("exit", "fusion")
         name = f"{name} (teacher)" if name == deepest and len(results["dev"]["exits"]) > 1 else str(name)
         print(f"{name:12} {dev['uar']:.3f}  {dev['accuracy']:8.3f}  {test['uar']:.3f}  {test['accuracy']:8.3f}")
-    print(f"\nin {out}: config.json and model.safetensors (the model), results.json, log.jsonl, split.csv, train_state.pt")
+    print(
+        f"\nin {out}: config.json and model.safetensors (the model), results.json, log.jsonl, split.csv, train_state.pt"
+    )
 
 
 def split_csv(clips: list[sdser.Clip]) -> str:

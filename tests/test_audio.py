@@ -69,7 +69,7 @@ def test_unusable_samples_are_refused(wav, samples, message):
 
 
 def test_what_is_no_audio_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.wav: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.wav: no such file"):
         sdser.load_audio(tmp_path / "none.wav")
     with pytest.raises(FileNotFoundError, match="no such file"):
         sdser.load_audio(tmp_path)

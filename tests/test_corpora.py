@@ -8,6 +8,7 @@ import threading
 import zipfile
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +24,8 @@ NAMES = {
         "Actor_01/03-01-08-01-02-01-01.wav": ("surprise", "01"),
     },
     "emodb": {
-        "wav/03a01Fa.wav": ("happiness", "03"), "wav/16b10Lb.wav": ("boredom", "16"), "wav/08a02Wc.flac": ("anger", "08"),
+        "wav/03a01Fa.wav": ("happiness", "03"), "wav/16b10Lb.wav": ("boredom", "16"),
+        "wav/08a02Wc.flac": ("anger", "08"),
         "wav/08a02Eb.wav": ("disgust", "08"), "wav/08a05Ab.wav": ("fear", "08"), "wav/08a05Tb.wav": ("sadness", "08"),
         "wav/08a05Nb.wav": ("neutral", "08"),
     },
@@ -63,9 +65,9 @@ def test_other_files_are_left_out_with_a_warning(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["03a01Xa.wav"], "unknown emotion 'X' in a name of EMO-DB, which has W, L, E"),
+        (["03a01Xa.wav"], "unknown emotion 'X'; EMO-DB has W, L, E"),
         (["03-01-09-01-02-01-12.wav"], "unknown emotion '09'"),
-        (["hello.wav"], "hello.wav belong to no known corpus"),
+        (["hello.wav"], "hello.wav is no file name of a known corpus"),
         (["notes.txt"], "holds no audio files"),
         ([], "holds no audio files"),
     ],
@@ -133,7 +135,7 @@ def test_folder_of_the_authors_lists(tmp_path):
         ("a.jsonl", "[1]\n", "line 1: not an object"),
         ("a.jsonl", '{"wav": "x.wav", "emo": "joy"}\n[1]\n', "line 2: not an object"),
         ("a.csv", "path,label\nx.wav,j\xff\n", "not readable as a manifest"),
-        ("a.txt", "path,label\nx.wav,joy\n", "not a corpus; give a folder, or a manifest ending in .csv, .tsv, .jsonl"),
+        ("a.txt", "path,label\nx.wav,joy\n", "give a folder, or a manifest ending in .csv, .tsv, .jsonl"),
     ],
 )
 def test_bad_manifests(tmp_path, name, text, message):
@@ -153,7 +155,12 @@ def test_two_manifests_for_a_split(tmp_path):
 
 
 def made_up(speakers, labels=("a", "b"), clips=5):
-    return [Clip(f"{s}-{label}-{n}", label, f"s{s}") for s in range(speakers) for label in labels for n in range(clips + s % 3)]
+    return [
+        Clip(f"{s}-{label}-{n}", label, f"s{s}")
+        for s in range(speakers)
+        for label in labels
+        for n in range(clips + s % 3)
+    ]
 
 
 def speakers_of(clips, split):
@@ -208,12 +215,12 @@ OWN = [Clip(f"{split}-{label}", label, f"s{split}", split) for split in sdser.SP
         (made_up(2), None, "2 speakers are too few for 3 groups"),
         (made_up(4), (1, 5), "4 speakers are too few for 5 groups"),
         ([Clip("x.wav", "a", None)], None, "x.wav: has neither speaker nor split"),
-        (made_up(5) + [Clip("z", "rare", "s1")], None, "no way found to deal 5 speakers"),
+        ([*made_up(5), Clip("z", "rare", "s1")], None, "no way found to deal 5 speakers"),
         ([*OWN, Clip("y", "a", "strain", "test")], None, "speaker strain stands in two splits, train and test"),
         ([*OWN, Clip("train-a", "a", None, "test")], None, "train-a stands in two splits"),
         ([*OWN, Clip("y", "a", "sy")], None, "y: has no split while other clips have one"),
-        (OWN[:-1], None, "the test split has no clip of b"),
-        (OWN[2:], None, "the train split has no clip of a, b"),
+        (OWN[:-1], None, "the test split has no b"),
+        (OWN[2:], None, "the train split has no a, b"),
     ],
 )
 def test_splits_that_cannot_be(clips, fold, message):
@@ -299,7 +306,7 @@ def test_bad_downloads_leave_nothing(served, members, arguments, message):
 def test_zip_bombs_are_not_unpacked(served, monkeypatch):
     monkeypatch.setattr(sdser, "MAX_UNPACKED", 1000)
     served(WAVS | {"bomb.wav": b"0" * 1001})
-    with pytest.raises(ValueError, match="unpacks to more than"):
+    with pytest.raises(ValueError, match="would unpack to more than"):
         sdser.load_corpus("emodb")
     assert cached() == []
 
@@ -327,7 +334,7 @@ def test_synthetic_corpus_is_made_once_and_the_same_everywhere(monkeypatch):
     folder = sdser.make_synthetic(speakers=3, clips=2)
     clips = sdser.read_folder(folder)
     assert len(clips) == 3 * 4 * 2 and len({clip.speaker for clip in clips}) == 3
-    before = {clip.path: open(clip.path, "rb").read() for clip in clips}
+    before = {clip.path: Path(clip.path).read_bytes() for clip in clips}
     monkeypatch.setattr(sdser, "synthesize", None)
     assert sdser.make_synthetic(speakers=3, clips=2) == folder
     monkeypatch.undo()
@@ -336,7 +343,7 @@ def test_synthetic_corpus_is_made_once_and_the_same_everywhere(monkeypatch):
     os.rmdir(folder)
     monkeypatch.setenv("HOME", os.path.dirname(os.path.dirname(os.path.dirname(folder))))
     sdser.make_synthetic(speakers=3, clips=2)
-    assert {path: open(path, "rb").read() for path in before} == before
+    assert {path: Path(path).read_bytes() for path in before} == before
 
 
 def pitch(wave):
@@ -365,6 +372,8 @@ def test_synthetic_voices_follow_speaker_and_emotion():
 def test_synthetic_is_a_source_of_a_dozen_speakers(monkeypatch):
     monkeypatch.setattr(sdser, "make_synthetic", partial(sdser.make_synthetic, clips=1))
     clips = sdser.split_clips(sdser.load_corpus("synthetic"))
-    assert len({clip.speaker for clip in clips}) == 12 and set(Counter(clip.label for clip in clips)) == set(sdser.PROSODY)
+    assert len({clip.speaker for clip in clips}) == 12 and set(Counter(clip.label for clip in clips)) == set(
+        sdser.PROSODY
+    )
     info = soundfile.info(clips[0].path)
     assert (info.samplerate, info.channels) == (16000, 1) and 0.9 < info.duration < 1.7

@@ -174,6 +174,25 @@ def test_wrong_input_is_named(call, message):
         call(build())
 
 
+@torch.no_grad()
+def test_predict_gives_files_in_any_order_what_each_gets_alone(wav, monkeypatch):
+    model = build()
+    paths = [wav(0.1 * torch.randn(n).numpy(), f"{n}.wav", subtype="FLOAT") for n in (9000, 401, 20000, 5000, 12000)]
+    seconds = [sdser.audio_seconds(path) for path in paths]
+    assert seconds == [n / 16000 for n in (9000, 401, 20000, 5000, 12000)]
+    logits, _ = sdser.predict(model, paths, seconds, batch_size=2)
+    for i, path in enumerate(paths):
+        for row, output in zip(logits[:, i], model(sdser.load_audio(path)[None])):
+            torch.testing.assert_close(row, output.logits[0], atol=1e-5, rtol=0)
+    paths[1].write_bytes(b"")
+    with pytest.raises(ValueError, match=r"401\.wav: the file is empty"):
+        sdser.predict(model, paths, seconds)
+    with pytest.warns(UserWarning, match=r"left out: .*401\.wav"):
+        again, readable = sdser.predict(model, paths, seconds, batch_size=1, skip_bad=True)
+    assert readable.tolist() == [True, False, True, True, True]
+    assert torch.allclose(again[:, 2:], logits[:, 2:], atol=1e-5)
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -322,7 +341,7 @@ def test_a_model_trained_on_tiles_classifies_tiles():
     with torch.no_grad():
         expected = model(tiled[None])[-1].logits.softmax(-1)[0].tolist()
     assert list(model.classify([waveform])[0].probabilities.values()) == pytest.approx(expected, abs=1e-6)
-    assert model.prepare(torch.randn(9000)).shape == (8000,)
+    assert sdser.prepare(torch.randn(9000), 0.5).shape == (8000,)
 
 
 @torch.no_grad()

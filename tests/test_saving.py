@@ -123,7 +123,7 @@ def test_missing_checkpoint_is_named(name):
 
 
 def test_hub_repository_of_pickles_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no model.safetensors"):
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
         sdser.MultiExitSER._load_as_pickle(build(), str(tmp_path / "pytorch_model.bin"), "cpu", True)
 
 
@@ -149,7 +149,9 @@ def test_a_checkpoint_fine_tuned_for_speech_recognition_serves_too(tmp_path):
     ctc = Wav2Vec2ForCTC(Wav2Vec2Config(**LAYOUTS["wav2vec2-base"].to_diff_dict()))
     ctc.save_pretrained(tmp_path)
     model = sdser.MultiExitSER(LABELS, tmp_path)
-    assert torch.equal(model.backbone.encoder.layers[3].layer_norm.weight, ctc.wav2vec2.encoder.layers[3].layer_norm.weight)
+    assert torch.equal(
+        model.backbone.encoder.layers[3].layer_norm.weight, ctc.wav2vec2.encoder.layers[3].layer_norm.weight
+    )
 
 
 def test_feature_extractor_decides_on_normalisation(tmp_path):
