@@ -12,6 +12,7 @@ In the order in which data meets it:
     exits       ExitHead
     the model   MultiExitSER                   waveform -> one ExitOutput per exit; early exit; saving and loading
     the loss    self_distillation_loss         and fuse, which lets the most certain exit decide
+    cost        count_macs
     many files  predict                        files -> logits
     metrics     unweighted_average_recall, scores
     corpora     load_corpus, split_clips       folders, manifests, downloads, a synthetic voice -> clips
@@ -213,8 +214,8 @@ def backbone_config(backbone: str | dict) -> transformers.PretrainedConfig:
 
 def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
     """Builds the backbone with `config.num_hidden_layers` layers, in float32; pre-trained unless built-in or a dict."""
-    # An exit needs its layer, so none may be dropped; masking is ours; the adapter sits after the last layer, unused.
-    config.layerdrop, config.apply_spec_augment, config.add_adapter = 0.0, False, False
+    # An exit needs its layer, so none may be dropped; the adapter of some models sits behind the last layer, unused.
+    config.layerdrop, config.add_adapter = 0.0, False
     if isinstance(backbone, dict) or backbone in SIZES:
         return transformers.AutoModel.from_config(config, dtype=torch.float32)
     verbosity = transformers.logging.get_verbosity()
@@ -361,8 +362,9 @@ class MultiExitSER(
         self.heads = nn.ModuleDict({
             str(exit): ExitHead(kind, config.hidden_size, len(labels)) for exit, kind in zip(exits, head)
         })  # fmt: skip
-        if not getattr(config, "mask_time_prob", 0) and hasattr(self.backbone, "masked_spec_embed"):
-            self.backbone.masked_spec_embed.requires_grad_(False)  # no time mask will use it
+        self.masks_time = config.apply_spec_augment and config.mask_time_prob > 0
+        if not self.masks_time and hasattr(self.backbone, "masked_spec_embed"):
+            self.backbone.masked_spec_embed.requires_grad_(False)  # no loss would reach it
 
     @property
     def config(self) -> dict:
@@ -419,7 +421,7 @@ class MultiExitSER(
         hidden = self.backbone.feature_projection(x.transpose(1, 2))  # (B, T, D), one frame per 20 ms
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # HuBERT's returns no tuple
         valid = None if lengths is None else valid_mask(lengths, hidden.shape[1])  # (B, T)
-        if self.training and getattr(config, "mask_time_prob", 0):
+        if self.training and self.masks_time:
             mask = self.sample_time_mask(hidden, valid)
             hidden = torch.where(mask[..., None], self.backbone.masked_spec_embed.to(hidden.dtype), hidden)
         if valid is not None:
@@ -691,6 +693,44 @@ def fuse(outputs: list[ExitOutput] | Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Cost
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def count_macs(model: MultiExitSER, samples, exit: int, heads: list[int] | None = None):
+    """Multiply-accumulates of the matrix products and convolutions that answer for one clip at an exit.
+
+    Args:
+        samples: the clip's length at 16 kHz, an int or an array of them (not tiled yet).
+        heads: exits whose heads run; default: that exit's alone. Adaptive inference runs all on its way.
+    Returns:
+        int64, as many as lengths were given.
+    """
+    config = model.backbone.config
+    t = np.asarray(samples, dtype=np.int64)
+    if model.tile_seconds:
+        t = np.full_like(t, round(model.tile_seconds * SAMPLE_RATE))
+    d, inner, channels, total = config.hidden_size, config.intermediate_size, 1, 0
+    for width, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride):
+        t = (t - kernel) // stride + 1  # samples become frames
+        total = total + t * width * channels * kernel
+        channels = width
+    total = total + t * channels * d  # feature projection
+    # the position convolution pads both ends by half its kernel, and drops the frame that an even kernel adds
+    kernel = config.num_conv_pos_embeddings
+    total = total + (t + (kernel + 1) % 2) * d * (d // config.num_conv_pos_embedding_groups) * kernel
+    layer = t * (4 * d * d + 2 * d * inner) + 2 * t * t * d  # projections and feed-forward; attention
+    if config.model_type == "wavlm":
+        layer = layer + t * d * 8  # the gate of the position bias
+    total = total + exit * layer
+    for k in [exit] if heads is None else heads:
+        kind = model.head_kinds[model.exits.index(k)]
+        per_frame = {"gru": 6 * d * d, "lstm": 8 * d * d, "attention": d, "mean": 0}[kind] + d  # + the weighted mean
+        total = total + t * per_frame + 256 * (d + len(model.labels))
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Many files
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -717,48 +757,47 @@ def pad(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
     return nn.utils.rnn.pad_sequence(waveforms, batch_first=True), lengths
 
 
-@torch.no_grad()
-def predict(
-    model: MultiExitSER,
-    paths: list[str],
-    seconds: list[float],
-    batch_size: int = 16,
-    workers: int = 0,
-    skip_bad: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Runs files through the model in batches of similar length, with a progress bar.
+def file_batches(paths, seconds, tile_seconds=None, batch_size=16, workers=0, skip_bad=False):
+    """Reads files in batches of similar length, never more than a few at a time, with a progress bar.
 
     Args:
-        seconds: of each file, from `audio_seconds`.
+        paths, seconds: the files and their lengths, from `audio_seconds`.
+        tile_seconds: of the model, see `MultiExitSER`.
         workers: processes that load audio; 0: none beside this one.
         skip_bad: warn of a file that cannot be read, instead of raising ValueError.
+    Yields:
+        indices into paths, waveforms (B, T), lengths (B,).
+    """
+    order = np.argsort(seconds, kind="stable").tolist()
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    files = AudioFiles(paths, tile_seconds)
+    loader = torch.utils.data.DataLoader(files, batch_sampler=batches, collate_fn=list, num_workers=workers)
+    for batch, items in zip(batches, tqdm(loader, "evaluating", leave=False, disable=None)):
+        for problem in [item for item in items if isinstance(item, str)]:
+            if not skip_bad:
+                raise ValueError(problem)
+            warnings.warn(f"left out: {problem}", stacklevel=2)
+        readable = [(i, item) for i, item in zip(batch, items) if not isinstance(item, str)]
+        if readable:
+            indices, waveforms = zip(*readable)
+            yield list(indices), *pad(waveforms)
+
+
+@torch.no_grad()
+def predict(model: MultiExitSER, paths: list[str], seconds: list[float], **loading) -> tuple[Tensor, Tensor]:
+    """Runs files through every exit; the arguments are those of `file_batches`.
+
     Returns:
-        logits of every exit, (exits, files, C) float32, and which files could be read, (files,) bool; on the CPU.
+        logits (exits, files, C) float32, and which files could be read, (files,) bool; on the CPU.
     """
     device = next(model.parameters()).device
     model.eval()
-    logits, done = (
-        torch.zeros(len(model.exits), len(paths), len(model.labels)),
-        torch.zeros(len(paths), dtype=torch.bool),
-    )
-    order = np.argsort(seconds, kind="stable").tolist()
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    loader = torch.utils.data.DataLoader(
-        AudioFiles(paths, model.tile_seconds), batch_sampler=batches, collate_fn=list, num_workers=workers
-    )
-    for batch, items in zip(batches, tqdm(loader, "evaluating", leave=False, disable=None)):
-        for item in items:
-            if isinstance(item, str):
-                if not skip_bad:
-                    raise ValueError(item)
-                warnings.warn(f"left out: {item}", stacklevel=2)
-        readable = [i for i, item in zip(batch, items) if isinstance(item, Tensor)]
-        if readable:
-            waveforms, lengths = pad([item for item in items if isinstance(item, Tensor)])
-            outputs = model(waveforms.to(device), lengths.to(device))
-            logits[:, readable] = torch.stack([output.logits for output in outputs]).float().cpu()
-            done[readable] = True
-    return logits, done
+    logits, readable = torch.zeros(len(model.exits), len(paths), len(model.labels)), torch.zeros(len(paths), dtype=bool)
+    for indices, waveforms, lengths in file_batches(paths, seconds, model.tile_seconds, **loading):
+        outputs = model(waveforms.to(device), lengths.to(device))
+        logits[:, indices] = torch.stack([output.logits for output in outputs]).float().cpu()
+        readable[indices] = True
+    return logits, readable
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -234,7 +234,9 @@ def evaluate(model: sdser.MultiExitSER, clips: list[sdser.Clip], seconds: list[f
     """{"exits": [{"exit", "uar", "accuracy", "macro_f1"}, ...], "fusion": {...}} over the clips."""
     paths = [clip.path for clip in clips]
     with autocast(args):
-        logits, readable = sdser.predict(model, paths, seconds, args.batch_size, args.workers, args.skip_bad)
+        logits, readable = sdser.predict(
+            model, paths, seconds, batch_size=args.batch_size, workers=args.workers, skip_bad=args.skip_bad
+        )
     targets = torch.tensor([model.labels.index(clip.label) for clip in clips])[readable]  # (N,)
     logits = logits[:, readable]  # (exits, N, C)
     predictions = [*logits.argmax(-1), sdser.fuse(logits).argmax(-1)]
