@@ -429,7 +429,7 @@ def report(results: dict, args) -> None:
         full = scored["exits"][-1]
         shares = ", ".join(f"{100 * share:.0f} % at exit {k}" for k, share in chosen["exit_share"].items())
         print(
-            f"\nearly exit at confidence {chosen['threshold']}, the cheapest within {args.tolerance} of exit {deepest} on dev"
+            f"\nearly exit at confidence {chosen['threshold']}: the cheapest on dev that costs at most {args.tolerance}"
         )
         print(f"  UAR {chosen['uar']:.3f} against {full['uar']:.3f} at exit {deepest}")
         print(f"  {chosen['mean_layers']:.1f} layers on average; {shares}")

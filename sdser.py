@@ -23,6 +23,8 @@ Shapes: B clips, T samples or frames, D features, C classes. Waveforms are float
 import contextlib
 import csv
 import hashlib
+import http.client
+import inspect
 import json
 import os
 import random
@@ -47,6 +49,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils import cached_file
 
 SAMPLE_RATE = 16_000
 MAX_SECONDS = 60  # attention memory grows with the square of the length
@@ -80,7 +83,8 @@ def load_audio(path, max_seconds: float | None = None) -> Tensor:
     if rate != SAMPLE_RATE:
         import torchaudio  # here, so that copying the model needs torch and transformers alone
 
-        waveform = torchaudio.functional.resample(waveform, rate, SAMPLE_RATE)
+        # The filter grows with rate / gcd(rate, 16000): odd rates, such as 11127 Hz, are taken for the next 25 Hz.
+        waveform = torchaudio.functional.resample(waveform, max(25, 25 * round(rate / 25)), SAMPLE_RATE)
     check_waveform(waveform, path)
     return waveform
 
@@ -113,16 +117,16 @@ def open_audio(path, max_seconds: float | None = None) -> soundfile.SoundFile:
         raise ValueError(f"{path}: the file is empty")
     try:
         file = soundfile.SoundFile(path)
-    except soundfile.LibsndfileError as error:
-        reason = error.error_string.rstrip(".")
-        raise ValueError(f"{path}: not an audio file that libsndfile can read ({reason})") from error
-    # libsndfile reads a cut WAV as if it were whole and says so in its log alone; 0xFFFFFFFF is a stream's "unknown"
-    cut = re.search(r"^\s*(?:data|SSND) : (?!4294967295)(\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a headerless .raw
+        raise ValueError(f"{path}: not an audio file that libsndfile can read ({str(error).rstrip('.')})") from error
+    # libsndfile reads a cut WAV as if it were whole and says so in its log alone. Programs that write into a pipe
+    # declare 2 GiB or more, for "unknown".
+    cut = re.search(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
     seconds, problem = file.frames / file.samplerate, None
-    if cut and int(cut[1]) > int(cut[2]):
+    if cut and int(cut[2]) < int(cut[1]) < 0x7FFFF000:
         problem = f"cut short, {cut[2]} of {cut[1]} bytes of audio are there; replace the file"
     elif max_seconds and seconds > max_seconds:
-        problem = f"{seconds:.0f} s is longer than the limit of {max_seconds} s; cut it into parts"
+        problem = f"{seconds:.1f} s is longer than the limit of {max_seconds} s; cut it into parts"
     if problem:
         file.close()
         raise ValueError(f"{path}: {problem}")
@@ -155,8 +159,8 @@ def prepare(clip, tile_seconds: float | None = None) -> Tensor:
         waveform = torch.as_tensor(clip)
         check_waveform(waveform, "the waveform")
         if (seconds := len(waveform) / SAMPLE_RATE) > MAX_SECONDS:
-            raise ValueError(f"the waveform: {seconds:.0f} s is longer than the limit of {MAX_SECONDS} s; cut it")
-    return tile(waveform, round(tile_seconds * SAMPLE_RATE)) if tile_seconds else waveform.float()
+            raise ValueError(f"the waveform: {seconds:.1f} s is longer than the limit of {MAX_SECONDS} s; cut it")
+    return tile(waveform.float(), round(tile_seconds * SAMPLE_RATE)) if tile_seconds else waveform.float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,27 +192,28 @@ def backbone_config(backbone: str | dict) -> transformers.PretrainedConfig:
 
     Its added attribute `do_normalize` tells whether the backbone was trained on zero-mean, unit-variance waveforms.
     """
+    supported = f"give one of {', '.join(MODEL_TYPES)}"
     if isinstance(backbone, dict):
         if backbone.get("model_type") not in MODEL_TYPES:
-            raise ValueError(f"model type {backbone.get('model_type')!r} is not one of {', '.join(MODEL_TYPES)}")
-        return transformers.AutoConfig.for_model(**backbone)
+            raise ValueError(f"model type {backbone.get('model_type')!r} is not supported; {supported}")
+        return transformers.AutoConfig.for_model(**{"do_normalize": True} | backbone)
     if backbone in SIZES:
         return transformers.Wav2Vec2Config(**SIZES[backbone], do_normalize=True)
-    unknown = (
-        f"{backbone}: not a built-in size ({', '.join(SIZES)}), a folder saved by transformers, or a Hub model in reach"
-    )
-    if "/" not in str(backbone) and not os.path.isdir(backbone):
-        raise FileNotFoundError(unknown)
+    local, known = os.path.isdir(backbone), f"a built-in size ({', '.join(SIZES)}), a folder saved by transformers"
+    if not local and "/" not in str(backbone):
+        raise FileNotFoundError(f"{backbone}: not {known}, or a Hub model")
     try:
         config = transformers.AutoConfig.from_pretrained(backbone)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(unknown) from error
+        preprocessor = cached_file(backbone, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+        preprocessing = json.loads(Path(preprocessor).read_text()) if preprocessor else {}
+    except Exception as error:
+        if not local:
+            raise FileNotFoundError(f"{backbone}: not {known}, or a Hub model in reach") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{backbone}: its configuration cannot be read ({reason}); save it anew") from error
     if config.model_type not in MODEL_TYPES or getattr(config, "conv_pos_batch_norm", False):
-        raise ValueError(f"{backbone}: {config.model_type} of this layout is not one of {', '.join(MODEL_TYPES)}")
-    try:
-        config.do_normalize = transformers.Wav2Vec2FeatureExtractor.from_pretrained(backbone).do_normalize
-    except OSError:  # a folder without preprocessor_config.json
-        config.do_normalize = True
+        raise ValueError(f"{backbone}: {config.model_type} of this layout is not supported; {supported}")
+    config.do_normalize = preprocessing.get("do_normalize", True)
     return config
 
 
@@ -345,8 +350,8 @@ class MultiExitSER(
     ):
         super().__init__()
         config = backbone_config(backbone)
-        exits = list(exits or default_exits(backbone, config.num_hidden_layers))
-        if any(a >= b for a, b in zip([0, *exits], exits)) or exits[-1] > config.num_hidden_layers:
+        exits = default_exits(backbone, config.num_hidden_layers) if exits is None else [int(k) for k in exits]
+        if not exits or any(a >= b for a, b in zip([0, *exits], exits)) or exits[-1] > config.num_hidden_layers:
             layers = config.num_hidden_layers
             raise ValueError(f"exits {exits}: they must increase, from 1 to the backbone's {layers} layers at most")
         if isinstance(head, str):
@@ -405,7 +410,7 @@ class MultiExitSER(
         elif valid is not None:
             waveforms = torch.where(valid, waveforms, 0)
 
-        x = waveforms[:, None]  # (B, 1, T)
+        x = waveforms[:, None].to(self.dtype)  # (B, 1, T)
         for i, layer in enumerate(self.backbone.feature_extractor.conv_layers):
             if lengths is not None:
                 lengths = (lengths - config.conv_kernel[i]) // config.conv_stride[i] + 1
@@ -444,7 +449,7 @@ class MultiExitSER(
         for kernel, stride in zip(self.backbone.config.conv_kernel[::-1], self.backbone.config.conv_stride[::-1]):
             frame = (frame - 1) * stride + kernel
         if shortest < frame or longest > size:
-            raise ValueError(f"clips of {shortest} to {longest} samples: they must have from {frame} to {size}")
+            raise ValueError(f"clips of {shortest} to {longest} samples in a batch of {size}: from {frame} up fit")
         return None if shortest == size else lengths
 
     def sample_time_mask(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
@@ -463,14 +468,12 @@ class MultiExitSER(
         """Transformer layers start+1 to stop. hidden: (B, T, D). bias: WavLM's position bias, which layer 1 makes."""
         encoder, config = self.backbone.encoder, self.backbone.config
         if config.model_type == "wavlm":
-            with (
-                warnings.catch_warnings()
-            ):  # torch deprecates the bool mask beside a float bias that transformers gives it
+            with warnings.catch_warnings():  # torch dislikes that transformers hands it a bool mask and a float bias
                 warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")
                 for i in range(start, stop):
                     hidden, bias = encoder.layers[i](hidden, attention_mask=valid, position_bias=bias)
         else:
-            mask = create_bidirectional_mask(config=config, inputs_embeds=hidden, attention_mask=valid)
+            mask = create_bidirectional_mask(config, hidden, valid)
             for i in range(start, stop):
                 hidden = encoder.layers[i](hidden, attention_mask=mask)
         return hidden, bias
@@ -479,9 +482,8 @@ class MultiExitSER(
         """The classifier at layer `exit` on that layer's hidden states (B, T, D)."""
         if self.backbone.config.do_stable_layer_norm:  # pre-LN: the encoder's last norm belongs to every exit
             hidden = self.backbone.encoder.layer_norm(hidden)
-        with torch.autocast(
-            hidden.device.type, enabled=False
-        ):  # half precision slows recurrence, and losses need float32
+        # float32 also under autocast: half precision slows recurrence down, and the losses need it
+        with torch.autocast(hidden.device.type, enabled=False):
             return ExitOutput(exit, *self.heads[str(exit)](hidden.to(self.dtype), valid))
 
     @property
@@ -503,7 +505,7 @@ class MultiExitSER(
 
         Args:
             waveforms, lengths: as in `forward`.
-            threshold: probability from 0 (all leave at the first exit) to 1 (all go to the last).
+            threshold: from 0 (all leave at the first exit) to 1 (only a probability that rounds to 1 leaves early).
         Returns:
             logits (B, C) and the exit (B,) int64 that gave them.
         """
@@ -558,9 +560,9 @@ class MultiExitSER(
                     logits, used = self.early_exit(waveform, None, threshold)
                 probabilities = logits[0].float().softmax(-1).tolist()
                 milliseconds = 1000 * (time.perf_counter() - start)
-                confidence, label = max(zip(probabilities, self.labels))
                 by_label = dict(zip(self.labels, probabilities))
-                predictions.append(Prediction(label, confidence, by_label, int(used), milliseconds))
+                label = max(by_label, key=by_label.get)
+                predictions.append(Prediction(label, by_label[label], by_label, int(used), milliseconds))
         finally:
             self.train(training)
         return predictions
@@ -585,6 +587,9 @@ class MultiExitSER(
         fresh = folder / ".saving"
         shutil.rmtree(fresh, ignore_errors=True)  # what a killed save left
         result = super().save_pretrained(fresh, **({"repo_id": folder.name} | kwargs))
+        config = folder / "config.json"
+        if config.exists() and config.read_bytes() != (fresh / "config.json").read_bytes():
+            config.unlink()  # of another model: it must not be found beside these weights
         for name in ("model.safetensors", "config.json"):
             os.replace(fresh / name, folder / name)
         if not (folder / "README.md").exists():  # the Hub's model card, which may have been edited since
@@ -807,8 +812,10 @@ def predict(model: MultiExitSER, paths: list[str], seconds: list[float], **loadi
 
 def confusion_matrix(targets, predictions, num_classes: int) -> np.ndarray:
     """Class indices (N,) and (N,) -> (C, C) counts, a row per true class, a column per prediction."""
-    index = np.asarray(targets, dtype=int) * num_classes + np.asarray(predictions, dtype=int)
-    return np.bincount(index, minlength=num_classes**2).reshape(num_classes, num_classes)
+    pairs = np.stack([np.asarray(targets, dtype=int), np.asarray(predictions, dtype=int)])
+    if pairs.size == 0 or pairs.min() < 0 or pairs.max() >= num_classes:
+        raise ValueError(f"class indices: there must be some, all from 0 to {num_classes - 1}")
+    return np.bincount(pairs[0] * num_classes + pairs[1], minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 def unweighted_average_recall(targets, predictions, num_classes: int) -> float:
@@ -883,11 +890,6 @@ CORPORA = {
         "URDU",
         r"(?P<speaker>S[MF]\d+)_F\d+_(?P<label>[A-Z])\d+",
         {"A": "anger", "H": "happiness", "N": "neutral", "S": "sadness"},
-    ),
-    "synthetic": Corpus(
-        "synthetic speech",
-        r"(?P<speaker>voice\d\d)-(?P<label>[a-z]+)-\d\d",
-        {label: label for label in ("anger", "fear", "happiness", "sadness")},
     ),
 }  # fmt: skip
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
@@ -982,8 +984,10 @@ def read_manifest(manifest: str) -> list[Clip]:
                 header = list(rows[0][1]) if rows else []
             else:
                 tsv = manifest.lower().endswith(".tsv")
-                reader = csv.DictReader(file, delimiter="\t" if tsv else ",", restval="")
+                reader = csv.DictReader(file, delimiter="\t" if tsv else ",")
                 rows = [(reader.line_num, row) for row in reader]
+                if odd := [number for number, row in rows if None in row]:
+                    raise ValueError(f"line {odd[0]}: more fields than the first line names")
                 header = reader.fieldnames or []
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{manifest}: not readable as a manifest ({error})") from error
@@ -991,19 +995,21 @@ def read_manifest(manifest: str) -> list[Clip]:
         raise ValueError(f"{manifest}: lists no clips")
     columns = {ours: next((name for name in names if name in header), None) for ours, names in COLUMNS.items()}
     if manifest.lower().endswith(".tsv") and len(header) == 2 and not (columns["path"] and columns["label"]):
-        columns["path"], columns["label"] = header
+        columns["path"] = columns["path"] or header[columns["label"] == header[0]]
+        columns["label"] = header[columns["path"] == header[0]]
     missing = [ours for ours in ("path", "label") if columns[ours] is None]
     if missing or columns["path"].lower().endswith(AUDIO_ENDINGS):
         need = "the first line must name the columns path, label and, if known, speaker and split"
         raise ValueError(f"{manifest}: {need}; it reads {', '.join(map(str, header))}")
     clips = []
     for number, row in rows:
-        path, label, speaker, split = (str(row.get(columns[ours]) or "").strip() for ours in COLUMNS)
+        values = (row.get(columns[ours]) if columns[ours] else None for ours in COLUMNS)
+        path, label, speaker, split = ("" if value is None else str(value).strip() for value in values)
         split = {"devel": "dev", "validation": "dev"}.get(split, split)
         if not path or not label or split not in ("", *SPLITS):
             wrong = "no path" if not path else "no label" if not label else f"unknown split {split!r}"
             raise ValueError(f"{manifest}, line {number}: {wrong}; give a path, a label, and a split or nothing")
-        path = os.path.join(os.path.dirname(manifest), path)
+        path = os.path.normpath(os.path.join(os.path.dirname(manifest), path))
         clips.append(Clip(path, label, speaker or None, split or None))
     return clips
 
@@ -1123,7 +1129,7 @@ def download(name: str) -> str:
         try:
             socket.setdefaulttimeout(60)
             torch.hub.download_url_to_file(entry.url, archive)  # with a progress bar
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise ValueError(f"{entry.url}: the download failed ({error}); try again, or unpack it by hand") from error
         finally:
             socket.setdefaulttimeout(timeout)
@@ -1177,6 +1183,9 @@ PROSODY = {
     "happiness": Prosody(+2.0,   1.5,   +8.0,  4.5,  -8,   0,   0.1,  0.02),
     "sadness":   Prosody(-1.0,   1.0,   -2.0,  3.0, -10,   9,   0.2,  0.05),
 }  # fmt: skip
+CORPORA["synthetic"] = Corpus(
+    "synthetic speech", r"(?P<speaker>voice\d\d)-(?P<label>[a-z]+)-\d\d", {label: label for label in PROSODY}
+)
 VOWELS = [(730, 1090, 2440), (270, 2290, 3010), (300, 870, 2240), (530, 1840, 2480), (570, 840, 2410)]  # formants, Hz
 
 
@@ -1218,7 +1227,8 @@ def synthesize(prosody: Prosody, pitch: float, size: float, rng: np.random.Gener
 
 def make_synthetic(speakers: int = 12, clips: int = 24, seed: int = 0) -> str:
     """Writes the synthetic corpus into the cache, once; returns its folder. The same seed gives the same samples."""
-    folder = cache_folder() / f"synthetic-{speakers}-{clips}-{seed}"
+    recipe = repr((speakers, clips, seed, PROSODY, VOWELS)) + inspect.getsource(synthesize)  # a change makes it anew
+    folder = cache_folder() / f"synthetic-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     if folder.is_dir():
         return str(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ PRESETS = {
     "head_lr":         (None,         None,                     1e-3),         # None: as lr
     "weight_decay":    (0.01,         0.0,                      0.01),         # AdamW; without decay it is Adam
     "warmup":          (0.1,          None,                     0.1),          # of steps, then cosine; None: constant
-    "max_norm":        (1.0,          math.inf,                 1.0),          # of the gradient
+    "max_norm":        (1.0,          None,                     1.0),          # of the gradient
     "freeze_cnn":      (False,        False,                    True),
     "dtype":           ("float32",    "float32",                "bfloat16"),
 }  # fmt: skip
@@ -73,7 +73,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--label-fraction", type=fraction, metavar="F", help="train on this share of the training clips, by label")
     add("--fold", type=fold, metavar="I/N", help="cross-validation: speakers dealt into N groups, group I is test")
     add("--window", choices=("natural", "tile"), help="clips at natural length, or repeated or cut to --seconds")
-    add("--seconds", type=positive, metavar="S", help="natural: longer training clips are cropped at random")
+    add("--seconds", type=clip_seconds, metavar="S", help="natural: longer training clips are cropped at random")
     add("--epochs", type=positive_int, metavar="N")
     add("--batch-size", type=positive_int, metavar="N")
     add("--accumulate", type=positive_int, metavar="N", help="batches per step")
@@ -83,8 +83,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), help="bfloat16: by autocast")
     add("--compile", action="store_true", default=None, help="compile the transformer layers (pays on CUDA)")
     add("--device", metavar="D", help="default: cuda where there is one, else cpu")
-    add("--workers", type=int, metavar="N", help="processes that load audio (default 0: none beside this one)")
-    add("--seed", type=int, metavar="N", help="default 0")
+    add("--workers", type=natural, metavar="N", help="processes that load audio (default 0: none beside this one)")
+    add("--seed", type=natural, metavar="N", help="default 0")
     add("--skip-bad", action="store_true", default=None, help="leave unreadable clips out instead of stopping")
     add("--out", default="out", metavar="DIR", help="default: out")
     add("--resume", action="store_true", help="go on with the run in --out; its flags need not be repeated")
@@ -109,6 +109,8 @@ def number(convert, test, wanted):
 positive = number(float, lambda x: x > 0, "a number above 0")
 non_negative = number(float, lambda x: x >= 0, "a number of at least 0")
 positive_int = number(int, lambda x: x > 0, "a whole number above 0")
+natural = number(int, lambda x: 0 <= x < 2**31, "a whole number of at least 0")
+clip_seconds = number(float, lambda x: x >= 0.025, "a length of at least one frame, 0.025 s")
 fraction = number(float, lambda x: 0 < x <= 1, "a share above 0 and at most 1")
 
 
@@ -125,7 +127,7 @@ def complete_args(given: argparse.Namespace) -> tuple[argparse.Namespace, dict |
     if given.pop("resume"):
         state = load_state(Path(given["out"]))
         for name, value in given.items():
-            if name not in ("out", "device", "workers") and state["args"][name] != value:
+            if name not in ("out", "device", "workers", "skip_bad") and state["args"][name] != value:
                 flag, before = "--" + name.replace("_", "-"), state["args"][name]
                 raise ValueError(
                     f"{flag} {value}: the run in {given['out']} has {before}; leave the flag out to resume it"
@@ -201,9 +203,8 @@ class TrainingClips(Dataset):
         return waveform, self.labels.index(clip.label)
 
 
-def make_batches(seconds: list[float], size: int, seed: int) -> list[list[int]]:
+def make_batches(seconds: list[float], size: int, rng: np.random.Generator) -> list[list[int]]:
     """Clip indices in batches of similar length, in random order: sorted within pools of 8 batches, random across."""
-    rng = np.random.default_rng(seed)
     order, seconds = rng.permutation(len(seconds)), np.asarray(seconds)
     pools = [order[i : i + 8 * size] for i in range(0, len(order), 8 * size)]
     pools = [pool[np.argsort(seconds[pool], kind="stable")] for pool in pools]
@@ -238,6 +239,8 @@ def evaluate(model: sdser.MultiExitSER, clips: list[sdser.Clip], seconds: list[f
             model, paths, seconds, batch_size=args.batch_size, workers=args.workers, skip_bad=args.skip_bad
         )
     targets = torch.tensor([model.labels.index(clip.label) for clip in clips])[readable]  # (N,)
+    if len(targets.unique()) < len(model.labels):
+        raise ValueError(f"the {clips[0].split} split is left without a readable clip of some label; mend its files")
     logits = logits[:, readable]  # (exits, N, C)
     predictions = [*logits.argmax(-1), sdser.fuse(logits).argmax(-1)]
     *exits, fusion = (sdser.scores(targets, row, len(model.labels)) for row in predictions)
@@ -295,13 +298,16 @@ def train_epoch(model, batches, dataset, optimizer, scheduler, args, title: str)
             for name, value in {"loss": loss.item(), **parts}.items():
                 sums[name] += value * len(targets)
             clips += len(targets)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm)
+        if args.max_norm:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
         bar.update(len(step))
         bar.set_postfix(loss=f"{sums['loss'] / clips:.3f}")
     bar.close()
+    if not clips:
+        raise ValueError("no training clip could be read")
     return {name: value / clips for name, value in sums.items()}
 
 
@@ -323,7 +329,8 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     clips = take_fraction(clips, args.label_fraction, args.seed)
     parts = {split: [clip for clip in clips if clip.split == split] for split in sdser.SPLITS}
     seconds = {split: [seconds_of[clip] for clip in part] for split, part in parts.items()}
-    counts = ", ".join(f"{len(part)} {split} ({len({c.speaker for c in part})})" for split, part in parts.items())
+    speakers = {split: len({clip.speaker for clip in part} - {None}) or "?" for split, part in parts.items()}
+    counts = ", ".join(f"{len(part)} {split} ({speakers[split]})" for split, part in parts.items())
     print(f"{args.data}: {len(labels)} emotions; clips (speakers): {counts}")
     dataset = TrainingClips(parts["train"], labels, args)
     cropped = [min(length, args.seconds) for length in seconds["train"]]
@@ -337,16 +344,17 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
     print(f"{args.backbone}: exits {model.exits}, {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, "
           f"preset {args.preset}, on {args.device}")  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
     log = []
     if state:
+        if (out / "split.csv").read_text(encoding="utf-8") != split_csv(clips):
+            raise ValueError(f"{args.data}: its clips or splits are no longer those of the run in {out}; train anew")
         for part, name in ((model, "model"), (optimizer, "optimizer"), (scheduler, "scheduler")):
             part.load_state_dict(state[name])
         log = state["log"]
-    else:
-        for name in ("results.json", "train_state.pt"):  # of an earlier run
-            (out / name).unlink(missing_ok=True)
-    write(out / "split.csv", split_csv(clips))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be made a folder ({error.strerror}); name another") from error
     if args.compile:
         for layer in model.backbone.encoder.layers:
             layer.compile(dynamic=True)
@@ -354,9 +362,10 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     # Training. Each epoch seeds its own dropout, masks, crops and order, so a resumed run repeats an unbroken one.
     for epoch in range(len(log) + 1, args.epochs + 1):
         epoch_start = time.time()
-        torch.manual_seed(args.seed + epoch)
+        rng = np.random.default_rng([args.seed, epoch])
+        torch.manual_seed(rng.integers(2**63))
         dataset.epoch = epoch
-        batches = make_batches(cropped, args.batch_size, args.seed + epoch)
+        batches = make_batches(cropped, args.batch_size, rng)
         title = f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}"
         losses = train_epoch(model, batches, dataset, optimizer, scheduler, args, title)
         dev = evaluate(model, parts["dev"], seconds["dev"], args)
@@ -366,6 +375,10 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
                     "dev_uar": mean_uar, "dev": dev})  # fmt: skip
         per_exit = "  ".join(f"{row['exit']}: {row['uar']:.3f}" for row in dev["exits"])
         print(f"{title}  loss {losses['loss']:.3f}  dev UAR at exit {per_exit}  {'best' if best else ''}", flush=True)
+        if epoch == 1:  # only now does anything take the place of an earlier run
+            for name in ("results.json", "train_state.pt", "log.jsonl", "model.safetensors", "config.json"):
+                (out / name).unlink(missing_ok=True)
+            write(out / "split.csv", split_csv(clips))
         if best:
             model.save_pretrained(out)
         state = {"args": vars(args), "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -394,9 +407,8 @@ def report(results: dict, log: list[dict], out: Path) -> None:
         name = dev.get("exit", "fusion")
         name = f"{name} (teacher)" if name == deepest and len(results["dev"]["exits"]) > 1 else str(name)
         print(f"{name:12} {dev['uar']:.3f}  {dev['accuracy']:8.3f}  {test['uar']:.3f}  {test['accuracy']:8.3f}")
-    print(
-        f"\nin {out}: config.json and model.safetensors (the model), results.json, log.jsonl, split.csv, train_state.pt"
-    )
+    print(f"\nin {out}: config.json, model.safetensors, results.json, log.jsonl, split.csv, train_state.pt")
+    print(f"next: python evaluate.py {out}")
 
 
 def split_csv(clips: list[sdser.Clip]) -> str:
@@ -420,7 +432,8 @@ def load_state(out: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, so there is no run to resume; leave --resume out")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: state[name] for name in ("args", "log", "model", "optimizer", "scheduler")}
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: cannot be read ({reason}); train anew without --resume") from error

@@ -4,6 +4,8 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
+import socket
 import threading
 import zipfile
 from collections import Counter
@@ -110,6 +112,17 @@ def test_emobox_jsonl(tmp_path):
     assert sdser.load_corpus(manifest) == [Clip(str(tmp_path / "wav/1.wav"), "hap", None, None)]
 
 
+def test_numbers_serve_as_labels_and_speakers(tmp_path):
+    manifest = write(tmp_path / "a.jsonl", '{"wav": "./a/../x.wav", "emo": 0, "speaker": 0, "split": "train"}\n')
+    assert sdser.load_corpus(manifest) == [Clip(str(tmp_path / "x.wav"), "0", "0", "train")]
+
+
+@pytest.mark.parametrize("header", ["emotion_class\tfilename", "label\tx", "x\tfilename"])
+def test_tsv_of_two_columns_in_other_order(tmp_path, header):
+    manifest = write(tmp_path / "list.tsv", f"{header}\njoy\tx.wav\n")
+    assert sdser.load_corpus(manifest) == [Clip(str(tmp_path / "x.wav"), "joy", None, None)]
+
+
 def test_folder_of_the_authors_lists(tmp_path):
     for name in ("train", "devel", "test"):
         write(tmp_path / f"{name}.tsv", f"filename\temotion_class\n{name}1.wav\tjoy\n{name}2.wav\tanger\n")
@@ -131,6 +144,7 @@ def test_folder_of_the_authors_lists(tmp_path):
         ("a.csv", "path,label\nx.wav,joy\ny.wav\n", "line 3: no label"),
         ("a.csv", "path,label\n,joy\n", "line 2: no path"),
         ("a.csv", "path,label,split\nx.wav,joy,eval\n", "line 2: unknown split 'eval'"),
+        ("a.csv", "path,label\nx.wav,joy\na, b.wav,joy\n", "line 3: more fields than the first line names"),
         ("a.jsonl", '{"wav": "x.wav", "emo": "joy"}\n{"wav"\n', "not readable as a manifest"),
         ("a.jsonl", "[1]\n", "line 1: not an object"),
         ("a.jsonl", '{"wav": "x.wav", "emo": "joy"}\n[1]\n', "line 2: not an object"),
@@ -303,6 +317,23 @@ def test_bad_downloads_leave_nothing(served, members, arguments, message):
     assert cached() == []
 
 
+def test_a_server_that_speaks_no_http(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/corpus.zip"
+        monkeypatch.setitem(sdser.DOWNLOADS, "emodb", sdser.Download(url, None, 2, "CC0 1.0"))
+
+        def answer():
+            connection, _ = server.accept()
+            connection.recv(1000)
+            connection.sendall(b"garbage\r\n\r\n")
+            connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(ValueError, match="the download failed"):
+            sdser.load_corpus("emodb")
+    assert cached() == []
+
+
 def test_zip_bombs_are_not_unpacked(served, monkeypatch):
     monkeypatch.setattr(sdser, "MAX_UNPACKED", 1000)
     served(WAVS | {"bomb.wav": b"0" * 1001})
@@ -335,15 +366,14 @@ def test_synthetic_corpus_is_made_once_and_the_same_everywhere(monkeypatch):
     clips = sdser.read_folder(folder)
     assert len(clips) == 3 * 4 * 2 and len({clip.speaker for clip in clips}) == 3
     before = {clip.path: Path(clip.path).read_bytes() for clip in clips}
-    monkeypatch.setattr(sdser, "synthesize", None)
+    times = {path: os.stat(path).st_mtime_ns for path in before}
     assert sdser.make_synthetic(speakers=3, clips=2) == folder
-    monkeypatch.undo()
-    for path in before:
-        os.remove(path)
-    os.rmdir(folder)
-    monkeypatch.setenv("HOME", os.path.dirname(os.path.dirname(os.path.dirname(folder))))
-    sdser.make_synthetic(speakers=3, clips=2)
+    assert times == {path: os.stat(path).st_mtime_ns for path in before}
+    shutil.rmtree(folder)
+    assert sdser.make_synthetic(speakers=3, clips=2) == folder
     assert {path: Path(path).read_bytes() for path in before} == before
+    monkeypatch.setitem(sdser.PROSODY, "fear", sdser.PROSODY["anger"])  # an edited voice is another corpus
+    assert sdser.make_synthetic(speakers=3, clips=2) != folder
 
 
 def pitch(wave):

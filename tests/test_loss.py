@@ -97,3 +97,9 @@ def test_uar_by_hand():
     assert sdser.confusion_matrix(targets, predictions, 4).tolist() == [
         [2, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("targets", "predictions"), [([0, 1], [3, 1]), ([0, -1], [0, 1]), ([], [])])
+def test_class_indices_out_of_range_are_refused(targets, predictions):
+    with pytest.raises(ValueError, match="all from 0 to 2"):
+        sdser.unweighted_average_recall(targets, predictions, 3)

@@ -117,6 +117,17 @@ def test_gru_head_is_the_papers():
     assert head.project.out_features == 256
 
 
+def test_a_config_dict_of_transformers_builds_a_model_that_normalises():
+    model = sdser.MultiExitSER(LABELS, LAYOUTS["wav2vec2-base"].to_dict())
+    assert model.backbone.config.do_normalize and model.classify([torch.randn(8000)])
+
+
+def test_half_precision_classifies():
+    model, waveform = build(), torch.randn(8000)
+    [full], [half] = model.classify([waveform]), model.bfloat16().classify([waveform])
+    assert half.confidence == pytest.approx(full.confidence, abs=0.05)
+
+
 def test_heads_of_shallow_and_deepest_exit():
     assert build(head="gru").config["head"] == ["gru", "gru", "mean"]
     assert build(exits=[3], head="gru").config["head"] == ["gru"]
@@ -141,6 +152,7 @@ def test_default_exits_of_large():
     [
         (dict(exits=[2, 2]), "must increase"),
         (dict(exits=[0, 2]), "must increase, from 1"),
+        (dict(exits=[]), "must increase, from 1"),
         (dict(exits=[2, 5]), "4 layers at most"),
         (dict(head="conv"), "gru, lstm, attention, mean"),
         (dict(head=["gru", "mean"]), "each of 3 exits"),
@@ -162,9 +174,9 @@ def test_wrong_arguments_are_named(arguments, message):
         (lambda m: m(torch.randn(8000)), "waveforms must be"),
         (lambda m: m(torch.zeros(1, 8000, dtype=torch.int64)), "float tensor, not torch.int64"),
         (lambda m: m(torch.randn(2, 8000), torch.tensor([8000])), r"lengths must have shape \(2,\)"),
-        (lambda m: m(torch.randn(2, 8000), torch.tensor([8000, 399])), "from 400 to 8000"),
-        (lambda m: m(torch.randn(2, 8000), torch.tensor([8001, 500])), "from 400 to 8000"),
-        (lambda m: m(torch.randn(1, 399)), "from 400"),
+        (lambda m: m(torch.randn(2, 8000), torch.tensor([8000, 399])), "from 400 up fit"),
+        (lambda m: m(torch.randn(2, 8000), torch.tensor([8001, 500])), "500 to 8001 samples in a batch of 8000"),
+        (lambda m: m(torch.randn(1, 399)), "from 400 up fit"),
         (lambda m: m(torch.randn(1, 8000), exit=3), "exit 3: the model has exits 1, 2, 4"),
         (lambda m: m.truncate(3), "exit 3: the model has exits 1, 2, 4"),
     ],
@@ -342,6 +354,9 @@ def test_a_model_trained_on_tiles_classifies_tiles():
         expected = model(tiled[None])[-1].logits.softmax(-1)[0].tolist()
     assert list(model.classify([waveform])[0].probabilities.values()) == pytest.approx(expected, abs=1e-6)
     assert sdser.prepare(torch.randn(9000), 0.5).shape == (8000,)
+    assert model.classify([waveform.double().numpy()])[0].probabilities == pytest.approx(
+        model.classify([waveform])[0].probabilities
+    )
 
 
 @torch.no_grad()

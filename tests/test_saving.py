@@ -60,6 +60,23 @@ def test_saving_keeps_the_last_checkpoint_until_the_new_one_is_whole(tmp_path, m
     assert ".saving" not in os.listdir(tmp_path)
 
 
+def test_weights_never_stand_beside_the_config_of_another_model(tmp_path, monkeypatch):
+    build().save_pretrained(tmp_path)
+    other, replace = build(), os.replace
+    other.labels = ["x", "y", "z"]
+
+    def killed(source, target):
+        if str(target).endswith("config.json"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        other.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"holds no config\.json"):
+        sdser.MultiExitSER.from_pretrained(tmp_path)
+
+
 def test_saving_leaves_an_edited_model_card_and_readable_files(tmp_path):
     build().save_pretrained(tmp_path)
     assert "2210.14636" in (tmp_path / "README.md").read_text()
@@ -163,7 +180,7 @@ def test_feature_extractor_decides_on_normalisation(tmp_path):
     assert not sdser.MultiExitSER.from_pretrained(tmp_path / "mine").backbone.config.do_normalize
 
 
-@pytest.mark.parametrize("what", ["missing", "cut", "shapes", "type"])
+@pytest.mark.parametrize("what", ["missing", "cut", "shapes", "type", "config", "values", "preprocessor"])
 def test_damaged_backbones_are_refused(tmp_path, what):
     backbone = Wav2Vec2Model(LAYOUTS["wav2vec2-base"])
     weights = backbone.state_dict()
@@ -177,6 +194,12 @@ def test_damaged_backbones_are_refused(tmp_path, what):
         (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
     elif what == "type":
         (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "whisper"}))
+    elif what == "config":
+        (tmp_path / "config.json").write_text("{")
+    elif what == "values":
+        (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": "x"}))
+    elif what == "preprocessor":
+        (tmp_path / "preprocessor_config.json").write_text('{"do_normalize": fal')
     with pytest.raises(ValueError, match=f"^{tmp_path}: ") as refusal:
         sdser.MultiExitSER(LABELS, str(tmp_path))
     assert "\n" not in str(refusal.value)

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 def fit(corpus, out, *flags):
     train.main(["--data", str(corpus), "--epochs", "2", "--batch-size", "4", "--out", str(out), *map(str, flags)])
-    return json.loads((out / "results.json").read_text())
+    return json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)  # Infinity and NaN are no JSON
 
 
 def arguments(*flags):
@@ -75,7 +75,9 @@ def test_files_of_a_run(corpus, tmp_path, capsys):
 
 
 def test_same_seed_same_scores(corpus, tmp_path):
-    a, b, _ = (fit(corpus, tmp_path / name, "--seed", seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    a, b, _ = (
+        fit(corpus, tmp_path / name, "--seed", seed, "--seconds", 0.4) for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    )
     assert (a["dev"], a["test"]) == (b["dev"], b["test"])
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
     assert weights[0] == weights[1] != weights[2]
@@ -87,10 +89,11 @@ def test_workers_change_nothing(corpus, tmp_path):
     flags = "--seconds", 0.4, "--epochs", 1
     a, b = fit(corpus, tmp_path / "a", *flags), fit(corpus, tmp_path / "b", *flags, "--workers", 2)
     assert (a["dev"], a["test"]) == (b["dev"], b["test"])
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
 def test_resume_ends_where_an_unbroken_run_does(corpus, tmp_path, monkeypatch, capsys):
-    fit(corpus, tmp_path / "whole", "--epochs", 3)
+    fit(corpus, tmp_path / "whole", "--epochs", 3, "--seconds", 0.4)
     epoch = train.train_epoch
 
     def killed(*args):
@@ -100,7 +103,7 @@ def test_resume_ends_where_an_unbroken_run_does(corpus, tmp_path, monkeypatch, c
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "train_epoch", killed)
-        fit(corpus, tmp_path / "cut", "--epochs", 3)
+        fit(corpus, tmp_path / "cut", "--epochs", 3, "--seconds", 0.4)
     assert not (tmp_path / "cut" / "results.json").exists()
     train.main(["--resume", "--out", str(tmp_path / "cut")])
     for file in ("model.safetensors", "split.csv"):
@@ -110,6 +113,48 @@ def test_resume_ends_where_an_unbroken_run_does(corpus, tmp_path, monkeypatch, c
     assert len((tmp_path / "cut" / "log.jsonl").read_text().splitlines()) == 3
     message = refused(capsys, "--resume", "--out", tmp_path / "cut", "--lr", 0.5)
     assert message.startswith("--lr 0.5: the run in")
+
+
+def test_resume_on_changed_data_is_refused(corpus, tmp_path, capsys):
+    rows = [f"{corpus.parent}/{row}" for row in corpus.read_text().splitlines()[1:]]
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("\n".join(["path,label,speaker", *rows]))
+    fit(manifest, tmp_path / "run", "--epochs", 1)
+    manifest.write_text("\n".join(["path,label,speaker", *rows]).replace(",s0", ",t9"))
+    assert "no longer those of the run" in refused(capsys, "--resume", "--out", tmp_path / "run")
+
+
+def test_a_run_that_fails_early_leaves_the_earlier_one_whole(corpus, tmp_path, capsys):
+    fit(corpus, tmp_path, "--epochs", 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    refused(capsys, "--data", corpus, "--out", tmp_path, "--lr", "1e30", "--batch-size", 2, "--fold", "2/3")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_new_run_replaces_all_of_an_earlier_one(corpus, tmp_path, monkeypatch):
+    fit(corpus, tmp_path, "--epochs", 3)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sdser.MultiExitSER, "save_pretrained", killed)
+        fit(corpus, tmp_path, "--fold", "2/3")
+    assert {path.name for path in tmp_path.iterdir()} <= {"split.csv", "README.md"}
+
+
+def test_seeds_share_no_epoch(corpus, tmp_path, monkeypatch):
+    orders = {}
+    make_batches = train.make_batches
+
+    def spy(seconds, size, rng):
+        orders.setdefault(seed, []).append(batches := make_batches(seconds, size, rng))
+        return batches
+
+    monkeypatch.setattr(train, "make_batches", spy)
+    for seed in (0, 1):
+        fit(corpus, tmp_path, "--seed", seed)
+    assert all(a != b for a in orders[0] for b in orders[1])
 
 
 def test_test_clips_are_read_once_and_last(corpus, tmp_path, monkeypatch):
@@ -154,11 +199,12 @@ def test_accumulation_equals_one_large_batch(corpus):
 
 def test_batches_hold_clips_of_similar_length_in_random_order():
     seconds = np.random.default_rng(0).uniform(1, 6, 200).tolist()
-    batches = train.make_batches(seconds, 8, seed=1)
+    batches = train.make_batches(seconds, 8, np.random.default_rng(1))
     assert sorted(i for batch in batches for i in batch) == list(range(200)) and max(map(len, batches)) == 8
     spread = np.mean([np.ptp(np.array(seconds)[batch]) for batch in batches])
     assert spread < 1.5 < np.ptp(seconds)
-    assert batches == train.make_batches(seconds, 8, seed=1) != train.make_batches(seconds, 8, seed=2)
+    assert batches == train.make_batches(seconds, 8, np.random.default_rng(1))
+    assert batches != train.make_batches(seconds, 8, np.random.default_rng(2))
 
 
 def test_learning_rate_warms_up_and_decays_or_stays():
@@ -287,12 +333,21 @@ def test_label_fraction_is_stratified_nested_and_of_training_clips_alone():
         (["--batch-size", "0"], "0 is not a whole number above 0"),
         (["--backbone", "huge"], "huge: not a built-in size (tiny, small, base, large)"),
         (["--device", "toaster"], "--device toaster"),
+        (["--workers", "-1"], "--workers: -1 is not a whole number"),
+        (["--seed", "-5"], "--seed: -5 is not a whole number"),
+        (["--seconds", "0.01"], "0.01 is not a length of at least one frame"),
         (["--resume"], "so there is no run to resume"),
     ],
 )
 def test_wrong_flags(corpus, tmp_path, capsys, flags, message):
     assert message in refused(capsys, "--data", corpus, "--out", tmp_path / "run", *flags)
     assert not (tmp_path / "run").exists(), "nothing half-written"
+
+
+def test_out_that_is_a_file(corpus, tmp_path, capsys):
+    (tmp_path / "run").write_text("mine")
+    assert "cannot be made a folder" in refused(capsys, "--data", corpus, "--out", tmp_path / "run", "--epochs", 1)
+    assert (tmp_path / "run").read_text() == "mine"
 
 
 def test_unreadable_clips_stop_the_run_or_are_left_out(corpus, tmp_path, capsys):
@@ -320,13 +375,7 @@ def test_unreadable_clips_stop_the_run_or_are_left_out(corpus, tmp_path, capsys)
 
 def test_a_clip_found_bad_only_when_read(corpus, tmp_path, capsys, wav):
     path = wav(np.full(8000, np.nan, dtype=np.float32), subtype="FLOAT")
-    rows = corpus.read_text().splitlines()
-    rows = [rows[0] + ",split"] + [
-        f"{corpus.parent}/{row},{dict(zip('012345', ['train', 'train', 'train', 'dev', 'dev', 'test']))[row[0]]}"
-        for row in rows[1:]
-    ]
-    manifest = tmp_path / "list.csv"
-    manifest.write_text("\n".join([*rows, f"{path},anger,s0,train"]))
+    manifest = with_splits(corpus, tmp_path, f"{path},anger,s0,train")
     message = refused(capsys, "--data", manifest, "--out", tmp_path / "run")
     assert (
         message
@@ -336,11 +385,50 @@ def test_a_clip_found_bad_only_when_read(corpus, tmp_path, capsys, wav):
         fit(manifest, tmp_path / "run", "--skip-bad", "--epochs", 1)
 
 
+def with_splits(corpus, tmp_path, *more):
+    """A manifest of the corpus with fixed splits, and more rows."""
+    split = dict(zip("012345", ["train", "train", "train", "dev", "dev", "test"]))
+    rows = [f"{corpus.parent}/{row},{split[row[0]]}" for row in corpus.read_text().splitlines()[1:]]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,speaker,split", *rows, *more]))
+    return tmp_path / "list.csv"
+
+
+def test_a_bad_test_clip_costs_no_training(corpus, tmp_path, capsys, wav):
+    path = wav(np.full(8000, np.nan, dtype=np.float32), subtype="FLOAT")
+    manifest = with_splits(corpus, tmp_path, f"{path},anger,s5,test")
+    assert "NaN or infinite" in refused(capsys, "--data", manifest, "--out", tmp_path / "run", "--epochs", 1)
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        train.main(["--resume", "--skip-bad", "--out", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["test"]["exits"]
+
+
+@pytest.mark.parametrize(
+    ("unreadable", "message"),
+    [
+        (("3-anger", "4-anger"), "the dev split is left without a readable clip"),
+        (("0", "1", "2"), "no training clip could be read"),
+    ],
+)
+def test_a_split_without_readable_clips_of_a_label(corpus, tmp_path, capsys, monkeypatch, unreadable, message):
+    load_audio = sdser.load_audio
+
+    def broken(path, *args):
+        if Path(path).name.startswith(unreadable):
+            raise ValueError(f"{path}: broken")
+        return load_audio(path, *args)
+
+    monkeypatch.setattr(sdser, "load_audio", broken)
+    manifest = with_splits(corpus, tmp_path)
+    with pytest.warns(UserWarning, match="left out"):
+        assert message in refused(capsys, "--data", manifest, "--out", tmp_path / "run", "--skip-bad")
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
 def test_long_clips_train_cropped_but_are_not_evaluated(corpus, tmp_path, capsys, wav):
     path = wav(np.random.default_rng(0).normal(0, 0.1, 61 * 16000))
     clips = [sdser.Clip(str(path), "anger", "s0", split) for split in ("train", "dev")]
     assert train.keep_readable(clips[:1], skip_bad=False) == (clips[:1], [61.0])
-    with pytest.raises(ValueError, match="61 s is longer than the limit of 60 s"):
+    with pytest.raises(ValueError, match=r"61\.0 s is longer than the limit of 60 s"):
         train.keep_readable(clips, skip_bad=False)
     dataset = train.TrainingClips(clips[:1], ["anger"], arguments("--seconds", "2"))
     first, _ = dataset[0]
@@ -349,10 +437,12 @@ def test_long_clips_train_cropped_but_are_not_evaluated(corpus, tmp_path, capsys
     assert not torch.equal(first, dataset[0][0])
 
 
-@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 cut"])
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 cut", {"model": 1}, [1]])
 def test_state_that_cannot_be_resumed(tmp_path, capsys, content):
-    if content is not None:
+    if isinstance(content, bytes):
         (tmp_path / "train_state.pt").write_bytes(content)
+    elif content:
+        torch.save(content, tmp_path / "train_state.pt")
     message = refused(capsys, "--resume", "--out", tmp_path)
     assert message.startswith(f"{tmp_path}/train_state.pt: ")
 
