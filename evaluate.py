@@ -146,6 +146,10 @@ def choose_clips(checkpoint: str, model: sdser.MultiExitSER, args) -> list[sdser
         if os.path.isfile(os.path.join(checkpoint, "split.csv")):
             refuse_training_clips(checkpoint, [clip for clip in clips if split in (None, "all", clip.split)], args.data)
     clips = [clip for clip in clips if split in (None, "all", clip.split)]
+    if args.data is None and split in ("train", "all"):
+        warnings.warn(
+            f"{checkpoint} was trained on clips of the split {split}; scores on them say little", stacklevel=2
+        )
     if not clips:
         raise ValueError(f"{args.data or checkpoint}: has no clips in the split {split}")
     known = [clip for clip in clips if clip.label in model.labels]

@@ -258,6 +258,12 @@ def test_training_clips_are_not_scored_by_mistake(runs, corpus, capsys, tmp_path
     assert "was trained on 12" in refused(capsys, runs / "fold1", "--data", tmp_path / "moved" / "all.csv")
 
 
+def test_own_training_clips_are_scored_on_request_with_a_warning(runs, capsys, tmp_path):
+    with pytest.warns(UserWarning, match="was trained on clips of the split all"):
+        report(capsys, runs / "fold1", "--split", "all", "--json", tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["clips"] == 36
+
+
 def test_speakers_unknown(runs, corpus, capsys, tmp_path):
     rows = corpus.read_text().splitlines()[1:]
     shutil.copytree(corpus.parent, tmp_path / "copy")
