@@ -1178,10 +1178,10 @@ class Prosody(NamedTuple):
 
 PROSODY = {
     #                    pitch accent contour tempo tilt  fade tremor breath
-    "anger":     Prosody(+2.0,   1.5,   -8.0,  5.0,  -7,   4,   0.1,  0.02),
-    "fear":      Prosody(+3.0,   1.0,   +1.0,  6.0,  -9,   0,   1.2,  0.05),
-    "happiness": Prosody(+2.0,   1.5,   +8.0,  4.5,  -8,   0,   0.1,  0.02),
-    "sadness":   Prosody(-1.0,   1.0,   -2.0,  3.0, -10,   9,   0.2,  0.05),
+    "anger":     Prosody(+2.0,   2.0,   -8.0,  5.0,  -5,   4,   0.1,  0.02),
+    "fear":      Prosody(+5.0,   0.7,   +1.0,  6.5,  -9,   0,   1.2,  0.08),
+    "happiness": Prosody(+3.0,   2.5,   +8.0,  4.0,  -8,   0,   0.1,  0.02),
+    "sadness":   Prosody(-2.5,   0.7,   -2.0,  2.7, -12,   9,   0.2,  0.05),
 }  # fmt: skip
 CORPORA["synthetic"] = Corpus(
     "synthetic speech", r"(?P<speaker>voice\d\d)-(?P<label>[a-z]+)-\d\d", {label: label for label in PROSODY}

@@ -42,7 +42,7 @@ PRESETS = {
     "detach_teacher":  (True,         True,                     True),
     "window":          ("natural",    "tile",                   "natural"),
     "seconds":         (3.0,          5.984,                    6.0),
-    "epochs":          (12,           20,                       20),
+    "epochs":          (10,           20,                       20),
     "batch_size":      (16,           16,                       16),
     "accumulate":      (1,            1,                        1),
     "lr":              (2e-3,         3e-5,                     5e-5),
