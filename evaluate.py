@@ -45,7 +45,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add(
         "--threshold",
         metavar="P",
-        help="with --audio: stop at the first exit this certain, 0 to 1, or auto: as calibrated",
+        help="with --audio: stop at the first exit this certain, 0 to 1, or auto (the default once calibrated)",
     )
     add("--json", metavar="FILE", help="write the results as JSON; - for standard output")
     add("--plot", metavar="DIR", help="write plots (needs matplotlib)")
@@ -133,8 +133,8 @@ def own_clips(checkpoint: str) -> list[sdser.Clip]:
     return sdser.load_corpus(path)
 
 
-def choose_clips(checkpoint: str, model: sdser.MultiExitSER, args) -> list[sdser.Clip]:
-    """The clips to score: of the checkpoint's own splits, or of --data, on which it must not have been trained."""
+def choose_clips(checkpoint: str, model: sdser.MultiExitSER, args) -> tuple[list[sdser.Clip], str]:
+    """The clips to score, of the checkpoint's own splits or of --data that it was not trained on; and which split."""
     if args.data is None:
         clips, split = own_clips(checkpoint), args.split or "test"
     else:
@@ -161,7 +161,7 @@ def choose_clips(checkpoint: str, model: sdser.MultiExitSER, args) -> list[sdser
                 f"{', '.join(model.labels)}); --common-labels leaves them out"
             )
         print(f"left out {len(clips) - len(known)} of {len(clips)} clips, labelled {unknown}", file=sys.stderr)
-    return known
+    return known, split or "all"
 
 
 def refuse_training_clips(checkpoint: str, clips: list[sdser.Clip], source: str) -> None:
@@ -184,21 +184,22 @@ def score(checkpoint: str, model, clips, args) -> Scored:
     return Scored(checkpoint, model, clips, np.array(seconds), logits)
 
 
-def load_and_score(checkpoints: list[str], args) -> list[Scored]:
+def load_and_score(checkpoints: list[str], args) -> tuple[list[Scored], str]:
     runs = []
     for checkpoint in checkpoints:
         model = sdser.MultiExitSER.from_pretrained(checkpoint).to(args.device)
         if runs and (model.labels, model.exits) != (runs[0].model.labels, runs[0].model.exits):
             raise ValueError(f"{checkpoint}: other labels or exits than {runs[0].checkpoint}; pool runs of one kind")
-        runs.append(score(checkpoint, model, choose_clips(checkpoint, model, args), args))
-    return runs
+        clips, split = choose_clips(checkpoint, model, args)
+        runs.append(score(checkpoint, model, clips, args))
+    return runs, split
 
 
 # -- intervals --------------------------------------------------------------------------------------------------------
 
 
 def speakers_or_clips(runs: list[Scored]) -> tuple[np.ndarray, bool]:
-    """What the bootstrap draws: each clip's speaker, or the clip where one's speaker is unknown; and whether it is."""
+    """What the bootstrap draws: each clip's speaker, or the clip itself if any is unknown; and if all are known."""
     known = all(clip.speaker for run in runs for clip in run.clips)
     return np.array([clip.speaker if known else clip.path for run in runs for clip in run.clips]), known
 
@@ -253,7 +254,7 @@ def compare(ours: list[Scored], theirs: list[Scored]) -> list[dict]:
 # -- early exit -------------------------------------------------------------------------------------------------------
 
 
-def leave(logits: torch.Tensor, threshold: float) -> np.ndarray:
+def exit_index(logits: torch.Tensor, threshold: float) -> np.ndarray:
     """The index of the exit (N,) at which each clip would leave, from logits (exits, N, C)."""
     certain = logits.softmax(-1).amax(-1) >= threshold  # (exits, N)
     certain[-1] = True
@@ -266,11 +267,11 @@ def adaptive_macs(run: Scored) -> np.ndarray:
     return np.stack([sdser.count_macs(run.model, run.samples, k, exits[: i + 1]) for i, k in enumerate(exits)])
 
 
-def describe_adaptive(runs: list[Scored], left: list[np.ndarray], predictions: list[np.ndarray]) -> dict:
-    """UAR and cost where clip n of a run left at exit number left[run][n] with that prediction."""
+def describe_adaptive(runs: list[Scored], indices: list[np.ndarray], predictions: list[np.ndarray]) -> dict:
+    """UAR and cost where clip n of a run left at the exit of index indices[run][n], with that prediction."""
     targets = np.concatenate([run.targets for run in runs])
-    exits, index = runs[0].model.exits, np.concatenate(left)
-    macs = sum(adaptive_macs(run)[row, np.arange(len(row))].sum() for run, row in zip(runs, left))
+    exits, index = runs[0].model.exits, np.concatenate(indices)
+    macs = sum(adaptive_macs(run)[row, np.arange(len(row))].sum() for run, row in zip(runs, indices))
     return {
         "uar": sdser.unweighted_average_recall(targets, np.concatenate(predictions), len(runs[0].model.labels)),
         "mean_layers": float(np.array(exits)[index].mean()),
@@ -283,9 +284,9 @@ def sweep(runs: list[Scored]) -> list[dict]:
     """`describe_adaptive` at every threshold, worked out from the logits of all exits."""
     rows = []
     for threshold in THRESHOLDS.round(2).tolist():
-        left = [leave(run.logits, threshold) for run in runs]
-        predictions = [run.predictions[row, np.arange(len(row))] for run, row in zip(runs, left)]
-        rows.append({"threshold": threshold, **describe_adaptive(runs, left, predictions)})
+        indices = [exit_index(run.logits, threshold) for run in runs]
+        predictions = [run.predictions[row, np.arange(len(row))] for run, row in zip(runs, indices)]
+        rows.append({"threshold": threshold, **describe_adaptive(runs, indices, predictions)})
     return rows
 
 
@@ -302,22 +303,25 @@ def calibrate(run: Scored, args) -> tuple[float, Scored] | None:
     threshold = min(good, key=lambda row: row["macs_per_second"])["threshold"] if good else 1.0
     run.model.threshold = threshold
     config = Path(run.checkpoint) / "config.json"
-    config.with_suffix(".tmp").write_text(json.dumps(run.model.config, indent=2))
-    os.replace(config.with_suffix(".tmp"), config)
+    try:
+        config.with_suffix(".tmp").write_text(json.dumps(run.model.config, indent=2))
+        os.replace(config.with_suffix(".tmp"), config)
+    except OSError as error:
+        warnings.warn(f"{config}: the threshold is not kept ({error.strerror})", stacklevel=2)
     return threshold, dev
 
 
 @torch.no_grad()
 def run_adaptive(run: Scored, threshold: float, args) -> tuple[np.ndarray, np.ndarray]:
-    """Really runs early exit over the clips, in batches: exit numbers (N,) and predictions (N,)."""
-    left, predictions = np.zeros(len(run.clips), dtype=int), np.zeros(len(run.clips), dtype=int)
+    """Really runs early exit over the clips, in batches: each clip's exit, by index, and prediction, (N,) both."""
+    index, predictions = np.zeros(len(run.clips), dtype=int), np.zeros(len(run.clips), dtype=int)
     paths = [clip.path for clip in run.clips]
     loading = dict(batch_size=args.batch_size, workers=args.workers)
     for i, waveforms, lengths in sdser.file_batches(paths, run.seconds, run.model.tile_seconds, **loading):
         logits, exits = run.model.early_exit(waveforms.to(args.device), lengths.to(args.device), threshold)
-        left[i] = np.searchsorted(run.model.exits, exits.cpu().numpy())
+        index[i] = np.searchsorted(run.model.exits, exits.cpu().numpy())
         predictions[i] = logits.argmax(-1).cpu().numpy()
-    return left, predictions
+    return index, predictions
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------
@@ -353,7 +357,7 @@ def kept_parameters(model: sdser.MultiExitSER, exit: int) -> int:
 
 def evaluate(args) -> dict:
     """Everything about the checkpoints, as it goes into the JSON."""
-    runs = load_and_score(args.checkpoints, args)
+    runs, split = load_and_score(args.checkpoints, args)
     model, seconds = runs[0].model, sum(run.seconds.sum() for run in runs)
     shown = model.exits[-1] if args.exit is None else model.check_exit(args.exit)
     calibrated = [calibrate(run, args) for run in runs]
@@ -374,21 +378,27 @@ def evaluate(args) -> dict:
             macs = sum(sdser.count_macs(run.model, run.samples, name).sum() for run in runs)
             rows[-1] |= {"layers": name, "parameters": kept_parameters(model, name),
                          "macs_per_second": float(macs / seconds), "ms_per_clip": milliseconds[name]}  # fmt: skip
-    split = "all" if args.data and not args.split else args.split or "test"
-    results = {"labels": model.labels, "split": split, "checkpoints": args.checkpoints, "clips": len(targets),
-               "speakers": len(set(units)) if by_speaker else None, "confusion_exit": shown,
-               split: {"exits": rows[:-1], "fusion": rows[-1]}}  # fmt: skip
+    results = {
+        "labels": model.labels,
+        "checkpoints": args.checkpoints,
+        "split": split,
+        "clips": len(targets),
+        "speakers": len(set(units)) if by_speaker else None,
+        "chance": 1 / len(set(targets.tolist())),
+        "confusion_exit": shown,
+        split: {"exits": rows[:-1], "fusion": rows[-1]},
+    }
     if len(thresholds) == len(runs):
-        left, answers = zip(*(run_adaptive(run, t, args) for run, t in zip(runs, thresholds)))
+        indices, answers = zip(*(run_adaptive(run, t, args) for run, t in zip(runs, thresholds)))
         results["adaptive"] = sweep([dev for _, dev in calibrated])
         results["curve"] = sweep(runs)
         results["chosen"] = {
             "threshold": thresholds[0] if len(runs) == 1 else thresholds,
-            **describe_adaptive(runs, left, answers),
+            **describe_adaptive(runs, indices, answers),
             "ms_per_clip": milliseconds["adaptive"],
         }
     if args.against:
-        results["against"] = compare(runs, load_and_score(args.against, args))
+        results["against"] = compare(runs, load_and_score(args.against, args)[0])
     return results
 
 
@@ -413,8 +423,7 @@ def report(results: dict, args) -> None:
         print(f"{name:12}  {cost}  {worth}")
     speakers = results["speakers"]
     whom = f"{speakers} speakers" if speakers else "speakers unknown, so the intervals are over clips and too narrow"
-    present = sum(recall is not None for recall in scored["fusion"]["recall"].values())
-    print(dim(f"{results['clips']} clips, {whom}; chance is {1 / present:.3f}; times are of one clip alone"))
+    print(dim(f"{results['clips']} clips, {whom}; chance is {results['chance']:.3f}; times are of one clip alone"))
     if speakers and speakers < 8:
         print(dim("few speakers: the intervals are rough; train folds and give them all, to pool their test clips"))
 
@@ -469,7 +478,7 @@ def plot(results: dict, folder: str) -> list[str]:
         chosen = results["chosen"]
         axes.plot(chosen["macs_per_second"] / 1e9, chosen["uar"], "*", color="black", markerfacecolor="white",
                   markersize=14, label="early exit, threshold chosen on dev")  # fmt: skip
-    axes.axhline(1 / len(labels), color="gray", linestyle=":", label="chance")
+    axes.axhline(results["chance"], color="gray", linestyle=":", label="chance")
     axes.set(xlabel="billion multiply-accumulates per second of audio", ylabel="UAR", ylim=(0, 1))
     axes.set_xlim(0, 1.1 * max(cost))
     axes.legend(loc="lower right", fontsize="small")

@@ -11,7 +11,7 @@ In the order in which data meets it:
     backbone    load_backbone, standardize
     exits       ExitHead
     the model   MultiExitSER                   waveform -> one ExitOutput per exit; early exit; saving and loading
-    the loss    self_distillation_loss         and fuse, which lets the most certain exit decide
+    the loss    self_distillation_loss         and fuse, which lets the exit with the largest margin decide
     cost        count_macs
     many files  predict                        files -> logits
     metrics     unweighted_average_recall, scores
@@ -81,9 +81,9 @@ def load_audio(path, max_seconds: float | None = None) -> Tensor:
         rate = file.samplerate
     waveform = torch.from_numpy(samples.mean(axis=1))  # (T,)
     if rate != SAMPLE_RATE:
-        import torchaudio  # here, so that copying the model needs torch and transformers alone
+        import torchaudio  # here, so that it is needed only to resample
 
-        # The filter grows with rate / gcd(rate, 16000): odd rates, such as 11127 Hz, are taken for the next 25 Hz.
+        # The filter grows with rate / gcd(rate, 16000): odd rates, such as 11127 Hz, are rounded to 25 Hz.
         waveform = torchaudio.functional.resample(waveform, max(25, 25 * round(rate / 25)), SAMPLE_RATE)
     check_waveform(waveform, path)
     return waveform
@@ -168,7 +168,8 @@ def prepare(clip, tile_seconds: float | None = None) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 # Built-in shapes with random weights, of about 1, 4, 95 and 315 million parameters. What is not named is as in
-# facebook/wav2vec2-base, so "base" is exactly that model; "large" is facebook/wav2vec2-large-lv60, a pre-LN layout.
+# facebook/wav2vec2-base, so "base" is exactly that model; "large" is facebook/wav2vec2-large-lv60, a pre-LN
+# layout: each sublayer is normalised before it, not after it.
 SIZES = {
     "tiny": dict(
         hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
@@ -245,7 +246,7 @@ def valid_mask(lengths: Tensor, size: int) -> Tensor:
 
 
 def standardize(waveforms: Tensor, valid: Tensor | None) -> Tensor:
-    """Zero mean and unit variance over each clip's valid samples; zero elsewhere. As the backbones' feature extractors.
+    """Zero mean and unit variance over each clip's valid samples; zero elsewhere; as `Wav2Vec2FeatureExtractor` does.
 
     waveforms: (B, T); valid: (B, T) bool, or None where all is valid. Padding may hold anything, NaN included.
     """
@@ -266,7 +267,9 @@ HEADS = ("gru", "lstm", "attention", "mean")
 
 
 class ExitHead(nn.Module):
-    """Hidden states of one layer -> embedding f_k and logits z_k.
+    """Hidden states of one layer -> logits z_k and embedding f_k.
+
+    No activation stands between the two linear layers, as in the paper.
 
     gru, lstm    one-layer recurrent network (zero initial state) -> LayerNorm -> SELU -> mean over frames; the paper's
     attention    weighted mean over frames, the weights learned
@@ -369,7 +372,8 @@ class MultiExitSER(
         })  # fmt: skip
         self.masks_time = config.apply_spec_augment and config.mask_time_prob > 0
         if not self.masks_time and hasattr(self.backbone, "masked_spec_embed"):
-            self.backbone.masked_spec_embed.requires_grad_(False)  # no loss would reach it
+            # the learned vector that stands in for masked frames: no loss would reach it
+            self.backbone.masked_spec_embed.requires_grad_(False)
 
     @property
     def config(self) -> dict:
@@ -392,16 +396,18 @@ class MultiExitSER(
         Raises:
             ValueError: shapes that do not fit, clips shorter than one frame, an exit that the model lacks.
         """
-        hidden, valid = self.encode(waveforms, lengths)  # (B, T, D), (B, T) or None
-        outputs, layers_run, bias = [], 0, None
-        for k in self.exits if exit is None else [self.check_exit(exit)]:
-            hidden, bias = self.run_layers(hidden, valid, bias, layers_run, k)
-            layers_run = k
+        hidden, valid = self.embed_frames(waveforms, lengths)  # (B, T, D), (B, T) or None
+        exits, outputs, bias = self.exits if exit is None else [self.check_exit(exit)], [], None
+        for start, k in zip([0, *exits], exits):
+            hidden, bias = self.run_layers(hidden, valid, bias, start, k)
             outputs.append(self.read_exit(k, hidden, valid))
         return outputs
 
-    def encode(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Waveforms (B, T) -> what transformer layer 1 reads, (B, T, D), and which frames are valid, (B, T) or None."""
+    def embed_frames(self, waveforms: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """All that comes before the transformer layers: normalisation, CNN, projection, time mask, position.
+
+        Returns what layer 1 reads, (B, frames, D), and which frames hold data, (B, frames) bool, or None if all do.
+        """
         lengths = self.check_batch(waveforms, lengths)
         config, encoder = self.backbone.config, self.backbone.encoder
         valid = None if lengths is None else valid_mask(lengths, waveforms.shape[1])  # (B, T)
@@ -412,7 +418,7 @@ class MultiExitSER(
 
         x = waveforms[:, None].to(self.dtype)  # (B, 1, T)
         for i, layer in enumerate(self.backbone.feature_extractor.conv_layers):
-            if lengths is not None:
+            if lengths is not None:  # samples become frames
                 lengths = (lengths - config.conv_kernel[i]) // config.conv_stride[i] + 1
             if i == 0 and config.feat_extract_norm == "group" and lengths is not None:
                 # The GroupNorm of "base" models normalises over time: each clip by itself, or padding would count.
@@ -445,7 +451,7 @@ class MultiExitSER(
             if lengths.shape != waveforms.shape[:1]:
                 raise ValueError(f"lengths must have shape ({len(waveforms)},), not {tuple(lengths.shape)}")
             shortest, longest = lengths.min().item(), lengths.max().item()
-        frame = 1  # samples that one frame of the encoder reads: 400 for all known backbones
+        frame = 1  # samples that one frame of the CNN reads: 400 for all known backbones
         for kernel, stride in zip(self.backbone.config.conv_kernel[::-1], self.backbone.config.conv_stride[::-1]):
             frame = (frame - 1) * stride + kernel
         if shortest < frame or longest > size:
@@ -456,13 +462,13 @@ class MultiExitSER(
         """SpecAugment's time mask (Park et al., 2019): (B, T) bool, true in spans of at most half a clip."""
         config, (batch, size, _), device = self.backbone.config, hidden.shape, hidden.device
         frames = valid.sum(1) if valid is not None else torch.full((batch,), size, device=device)  # (B,)
-        span = (frames // 2).clamp(max=config.mask_time_length)
-        spans = (config.mask_time_prob * frames / span.clamp(min=1) + torch.rand(batch, device=device)).floor()
-        most = 1 + int(config.mask_time_prob * size)  # no clip has more spans
-        start = (torch.rand(batch, most, device=device) * (frames - span + 1)[:, None]).long()  # (B, spans)
+        length = (frames // 2).clamp(max=config.mask_time_length)  # of a span
+        count = (config.mask_time_prob * frames / length.clamp(min=1) + torch.rand(batch, device=device)).floor()
+        most = 1 + int(config.mask_time_prob * size)  # no clip has more spans: S
+        start = (torch.rand(batch, most, device=device) * (frames - length + 1)[:, None]).long()  # (B, S)
         t = torch.arange(size, device=device)
-        masked = (t >= start[..., None]) & (t < (start + span[:, None])[..., None])  # (B, spans, T)
-        return (masked & (torch.arange(most, device=device) < spans[:, None])[..., None]).any(1)
+        masked = (t >= start[..., None]) & (t < (start + length[:, None])[..., None])  # (B, S, T)
+        return (masked & (torch.arange(most, device=device) < count[:, None])[..., None]).any(1)
 
     def run_layers(self, hidden: Tensor, valid: Tensor | None, bias: Tensor | None, start: int, stop: int):
         """Transformer layers start+1 to stop. hidden: (B, T, D). bias: WavLM's position bias, which layer 1 makes."""
@@ -509,13 +515,12 @@ class MultiExitSER(
         Returns:
             logits (B, C) and the exit (B,) int64 that gave them.
         """
-        hidden, valid = self.encode(waveforms, lengths)
+        hidden, valid = self.embed_frames(waveforms, lengths)
         logits = hidden.new_empty(len(hidden), len(self.labels), dtype=self.dtype)
-        exits = torch.full((len(hidden),), self.exits[-1], device=hidden.device)
-        active, layers_run, bias = torch.arange(len(hidden), device=hidden.device), 0, None
-        for k in self.exits:
-            hidden, bias = self.run_layers(hidden, valid, bias, layers_run, k)
-            layers_run = k
+        active, bias = torch.arange(len(hidden), device=hidden.device), None
+        exits = torch.empty_like(active)
+        for start, k in zip([0, *self.exits], self.exits):
+            hidden, bias = self.run_layers(hidden, valid, bias, start, k)
             output = self.read_exit(k, hidden, valid)
             logits[active] = output.logits
             exits[active] = k
@@ -524,6 +529,7 @@ class MultiExitSER(
                 break
             active, hidden = active[stay], hidden[stay]
             valid = valid if valid is None else valid[stay]
+            # WavLM's is (B·heads, T, T)
             bias = bias if bias is None else bias.unflatten(0, (len(stay), -1))[stay].flatten(0, 1)
         return logits, exits
 
@@ -659,8 +665,9 @@ def self_distillation_loss(
     Args:
         outputs: what the model returned, shallow to deep; one alone has no students and gives CE(z_d, y).
         targets: (B,) int64 class indices y.
-        kl_weight, hint_weight: α and β; at 0 the term is not computed.
-        temperature: T, which softens both distributions (Hinton et al., 2015).
+        kl_weight: α, for the teacher's probabilities (Hinton et al., 2015); at 0 the term is not computed.
+        hint_weight: β, for the teacher's embedding, the hint (FitNets, Romero et al., 2015); at 0 it is not computed.
+        temperature: T softens both distributions; T² keeps the term's gradients about as large for any T.
         detach_teacher: the KL and hint terms teach the students and leave the teacher alone (Zhang et al., 2019).
     Returns:
         the loss, a scalar, and its parts by name, unweighted and averaged over students: ce (the teacher's),
@@ -688,7 +695,7 @@ def self_distillation_loss(
 
 
 def fuse(outputs: list[ExitOutput] | Tensor) -> Tensor:
-    """The logits (B, C) of each clip's most certain exit: the one with the largest margin, top-1 minus top-2.
+    """The logits (B, C) of each clip's exit with the largest margin, top-1 minus top-2.
 
     outputs: what the model returned, or the exits' logits (exits, B, C).
     """
@@ -715,23 +722,24 @@ def count_macs(model: MultiExitSER, samples, exit: int, heads: list[int] | None 
     t = np.asarray(samples, dtype=np.int64)
     if model.tile_seconds:
         t = np.full_like(t, round(model.tile_seconds * SAMPLE_RATE))
-    d, inner, channels, total = config.hidden_size, config.intermediate_size, 1, 0
+    d, inner, channels = config.hidden_size, config.intermediate_size, 1
+    total = np.zeros_like(t)
     for width, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride):
         t = (t - kernel) // stride + 1  # samples become frames
-        total = total + t * width * channels * kernel
+        total += t * width * channels * kernel
         channels = width
-    total = total + t * channels * d  # feature projection
+    total += t * channels * d  # feature projection
     # the position convolution pads both ends by half its kernel, and drops the frame that an even kernel adds
     kernel = config.num_conv_pos_embeddings
-    total = total + (t + (kernel + 1) % 2) * d * (d // config.num_conv_pos_embedding_groups) * kernel
+    total += (t + (kernel + 1) % 2) * d * (d // config.num_conv_pos_embedding_groups) * kernel
     layer = t * (4 * d * d + 2 * d * inner) + 2 * t * t * d  # projections and feed-forward; attention
     if config.model_type == "wavlm":
-        layer = layer + t * d * 8  # the gate of the position bias
-    total = total + exit * layer
+        layer += t * d * 8  # the gate of the position bias
+    total += exit * layer
     for k in [exit] if heads is None else heads:
         kind = model.head_kinds[model.exits.index(k)]
         per_frame = {"gru": 6 * d * d, "lstm": 8 * d * d, "attention": d, "mean": 0}[kind] + d  # + the weighted mean
-        total = total + t * per_frame + 256 * (d + len(model.labels))
+        total += t * per_frame + 256 * (d + len(model.labels))
     return total
 
 
@@ -741,7 +749,7 @@ def count_macs(model: MultiExitSER, samples, exit: int, heads: list[int] | None 
 
 
 class AudioFiles(torch.utils.data.Dataset):
-    """File i -> the waveform (T,) that `prepare` makes of it, or a sentence if it cannot be read."""
+    """File i -> the waveform (T,) that `prepare` makes of it, or the error message if it cannot be read."""
 
     def __init__(self, paths: list[str], tile_seconds: float | None = None):
         self.paths, self.tile_seconds = paths, tile_seconds
@@ -995,8 +1003,9 @@ def read_manifest(manifest: str) -> list[Clip]:
         raise ValueError(f"{manifest}: lists no clips")
     columns = {ours: next((name for name in names if name in header), None) for ours, names in COLUMNS.items()}
     if manifest.lower().endswith(".tsv") and len(header) == 2 and not (columns["path"] and columns["label"]):
-        columns["path"] = columns["path"] or header[columns["label"] == header[0]]
-        columns["label"] = header[columns["path"] == header[0]]
+        first, second = header
+        columns["path"] = columns["path"] or (second if columns["label"] == first else first)
+        columns["label"] = second if columns["path"] == first else first
     missing = [ours for ours in ("path", "label") if columns[ours] is None]
     if missing or columns["path"].lower().endswith(AUDIO_ENDINGS):
         need = "the first line must name the columns path, label and, if known, speaker and split"

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import sdser
 
-# Every default, side by side; a flag given on the command line wins. toy: from scratch on a CPU in minutes. paper: the
+# The recipes, side by side; a flag given on the command line wins. toy: from scratch on a CPU in minutes. paper: the
 # paper's recipe. fast: the same method for pre-trained backbones, several times as fast; the one we recommend.
 PRESETS = {
     #                   toy           paper                     fast
@@ -166,7 +166,7 @@ def keep_readable(clips: list[sdser.Clip], skip_bad: bool) -> tuple[list[sdser.C
 
 
 def take_fraction(clips: list[sdser.Clip], share: float, seed: int) -> list[sdser.Clip]:
-    """All but training clips as they are; of those a share per label, at least one. Larger shares hold smaller."""
+    """Keeps all dev and test clips, and a share of each label's training clips; larger shares hold smaller ones."""
     training = defaultdict(list)
     for clip in clips:
         if clip.split == "train":
@@ -179,7 +179,7 @@ def take_fraction(clips: list[sdser.Clip], share: float, seed: int) -> list[sdse
 
 
 class TrainingClips(Dataset):
-    """Clip i -> (waveform (T,), label index), long ones cropped; or a sentence if it cannot be read."""
+    """Clip i -> (waveform (T,), label index), long ones cropped; or the error message if it cannot be read."""
 
     def __init__(self, clips, labels, args):
         self.clips, self.labels, self.seed, self.epoch = clips, labels, args.seed, 0
@@ -231,7 +231,7 @@ def load_batches(dataset, batches, args):
 # -- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def evaluate(model: sdser.MultiExitSER, clips: list[sdser.Clip], seconds: list[float], args) -> dict:
+def score_exits(model: sdser.MultiExitSER, clips: list[sdser.Clip], seconds: list[float], args) -> dict:
     """{"exits": [{"exit", "uar", "accuracy", "macro_f1"}, ...], "fusion": {...}} over the clips."""
     paths = [clip.path for clip in clips]
     with autocast(args):
@@ -341,7 +341,8 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     model = sdser.MultiExitSER(labels, args.backbone, args.exits, args.head, tile_seconds).to(args.device)
     steps = args.epochs * math.ceil(math.ceil(len(dataset) / args.batch_size) / args.accumulate)
     optimizer, scheduler = make_optimizer(model, args, steps)
-    trained, total = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (False, True))
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"{args.backbone}: exits {model.exits}, {total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained, "
           f"preset {args.preset}, on {args.device}")  # fmt: skip
     log = []
@@ -368,7 +369,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         batches = make_batches(cropped, args.batch_size, rng)
         title = f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}"
         losses = train_epoch(model, batches, dataset, optimizer, scheduler, args, title)
-        dev = evaluate(model, parts["dev"], seconds["dev"], args)
+        dev = score_exits(model, parts["dev"], seconds["dev"], args)
         mean_uar = sum(row["uar"] for row in dev["exits"]) / len(dev["exits"])
         best = mean_uar > max((line["dev_uar"] for line in log), default=-1)
         log.append({"epoch": epoch, **losses, "lr": scheduler.get_last_lr()[0], "seconds": time.time() - epoch_start,
@@ -389,14 +390,14 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     # The best epoch, on dev once more and on test for the first time.
     model = sdser.MultiExitSER.from_pretrained(out).to(args.device)
     results = {"labels": labels, "args": vars(args), "seconds": round(time.time() - start, 1)}
-    results |= {split: evaluate(model, parts[split], seconds[split], args) for split in ("dev", "test")}
+    results |= {split: score_exits(model, parts[split], seconds[split], args) for split in ("dev", "test")}
     write(out / "results.json", json.dumps(results, indent=2))
     report(results, log, out)
 
 
 def report(results: dict, log: list[dict], out: Path) -> None:
     best = max(log, key=lambda line: line["dev_uar"])["epoch"]
-    print(f"\nbest epoch {best}, by mean dev UAR (chance {1 / len(results['labels']):.3f})\n")
+    print(f"\nbest epoch {best}, by dev UAR averaged over exits (chance {1 / len(results['labels']):.3f})\n")
     print("                    dev             test")
     print("exit           UAR  accuracy    UAR  accuracy")
     deepest = results["dev"]["exits"][-1]["exit"]

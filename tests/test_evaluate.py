@@ -154,8 +154,8 @@ def test_sweep_by_hand():
     logits = torch.zeros(3, 4, 3)
     logits[0, 0, 0] = logits[1, 1, 1] = logits[2, 2, 2] = 10.0  # certain at exit 1, at exit 2, at exit 4; never
     run = run._replace(logits=logits, clips=run.clips[:4], seconds=np.full(4, 0.5))
-    assert evaluate.leave(logits, 0.9).tolist() == [0, 1, 2, 2]
-    assert evaluate.leave(logits, 0.0).tolist() == [0, 0, 0, 0]
+    assert evaluate.exit_index(logits, 0.9).tolist() == [0, 1, 2, 2]
+    assert evaluate.exit_index(logits, 0.0).tolist() == [0, 0, 0, 0]
     row = next(row for row in evaluate.sweep([run]) if row["threshold"] == 0.9)
     assert row["mean_layers"] == (1 + 2 + 4 + 4) / 4
     assert row["exit_share"] == {"1": 0.25, "2": 0.25, "4": 0.5}
@@ -166,7 +166,7 @@ def test_sweep_by_hand():
 def test_calibration_takes_the_cheapest_threshold_within_tolerance(runs, tmp_path):
     shutil.copytree(runs / "fold1", tmp_path / "run")
     args = evaluate.parse_args([str(tmp_path / "run"), "--tolerance", "0.05"])
-    [run] = evaluate.load_and_score(args.checkpoints, args)
+    [run], _ = evaluate.load_and_score(args.checkpoints, args)
     threshold, dev = evaluate.calibrate(run, args)
     deepest = sdser.scores(dev.targets, dev.predictions[2], 2)["uar"]
     costs = {row["threshold"]: row["macs_per_second"] for row in evaluate.sweep([dev]) if row["uar"] >= deepest - 0.05}
@@ -177,11 +177,11 @@ def test_calibration_takes_the_cheapest_threshold_within_tolerance(runs, tmp_pat
 
 def test_adaptive_run_is_what_the_logits_say(runs):
     args = evaluate.parse_args([str(runs / "fold1"), "--batch-size", "5"])
-    [run] = evaluate.load_and_score(args.checkpoints, args)
+    [run], _ = evaluate.load_and_score(args.checkpoints, args)
     threshold = run.logits[0].softmax(-1).amax(-1).median().item() + 1e-4
     left, predictions = evaluate.run_adaptive(run, threshold, args)
     assert len(set(left)) > 1
-    assert left.tolist() == evaluate.leave(run.logits, threshold).tolist()
+    assert left.tolist() == evaluate.exit_index(run.logits, threshold).tolist()
     assert predictions.tolist() == run.predictions[left, np.arange(len(left))].tolist()
 
 
