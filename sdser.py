@@ -765,9 +765,14 @@ class AudioFiles(torch.utils.data.Dataset):
 
 
 def pad(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Waveforms (T,) -> one batch (B, T) with zeros behind the shorter ones, and lengths (B,)."""
+    """Waveforms (T,) -> one batch (B, T) with zeros behind the shorter ones, and lengths (B,).
+
+    Unless all are of one length, T is a multiple of 4,000: oneDNN keeps buffers for every shape that it meets, and
+    1,440 clips of as many lengths grew to 2.5 times the memory of those of a few.
+    """
     lengths = torch.tensor([len(waveform) for waveform in waveforms])
-    return nn.utils.rnn.pad_sequence(waveforms, batch_first=True), lengths
+    batch = nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
+    return F.pad(batch, (0, -batch.shape[1] % 4000 if lengths.unique().numel() > 1 else 0)), lengths
 
 
 def file_batches(paths, seconds, tile_seconds=None, batch_size=16, workers=0, skip_bad=False):
