@@ -21,11 +21,13 @@ Shapes: B clips, T samples or frames, D features, C classes. Waveforms are float
 """
 
 import contextlib
+import copy
 import csv
 import hashlib
 import http.client
 import inspect
 import json
+import math
 import os
 import random
 import re
@@ -342,6 +344,8 @@ class MultiExitSER(
         ValueError, FileNotFoundError: for arguments that name no model, with what would be right.
     """
 
+    backend: str | None = None  # of a copy that `optimize_for_cpu` made
+
     def __init__(
         self,
         labels: list[str],
@@ -488,9 +492,10 @@ class MultiExitSER(
         """The classifier at layer `exit` on that layer's hidden states (B, T, D)."""
         if self.backbone.config.do_stable_layer_norm:  # pre-LN: the encoder's last norm belongs to every exit
             hidden = self.backbone.encoder.layer_norm(hidden)
-        # float32 also under autocast: half precision slows recurrence down, and the losses need it
+        head = self.heads[str(exit)]
+        # its own precision also under autocast: half precision slows recurrence down, and the losses need float32
         with torch.autocast(hidden.device.type, enabled=False):
-            return ExitOutput(exit, *self.heads[str(exit)](hidden.to(self.dtype), valid))
+            return ExitOutput(exit, *head(hidden.to(head.project.weight.dtype), valid))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -516,13 +521,13 @@ class MultiExitSER(
             logits (B, C) and the exit (B,) int64 that gave them.
         """
         hidden, valid = self.embed_frames(waveforms, lengths)
-        logits = hidden.new_empty(len(hidden), len(self.labels), dtype=self.dtype)
+        logits = torch.empty(len(hidden), len(self.labels), device=hidden.device)
         active, bias = torch.arange(len(hidden), device=hidden.device), None
         exits = torch.empty_like(active)
         for start, k in zip([0, *self.exits], self.exits):
             hidden, bias = self.run_layers(hidden, valid, bias, start, k)
             output = self.read_exit(k, hidden, valid)
-            logits[active] = output.logits
+            logits[active] = output.logits.float()
             exits[active] = k
             stay = output.logits.softmax(-1).amax(-1) < threshold  # (B still active,)
             if not stay.any():
@@ -578,6 +583,8 @@ class MultiExitSER(
     def truncate(self, exit: int) -> "MultiExitSER":
         """A model of its own with `exit` layers and that one exit; weights are copied, logits are equal."""
         kind = self.head_kinds[self.exits.index(self.check_exit(exit))]
+        if self.backend:
+            raise ValueError("a copy for the CPU cannot be truncated: truncate the model first, then make the copy")
         config = self.config | dict(exits=[exit], head=[kind], threshold=None)
         small = MultiExitSER(**config).to(next(self.parameters()).device, self.dtype)
         weights = self.state_dict()
@@ -589,6 +596,8 @@ class MultiExitSER(
 
         Keyword arguments are those of `huggingface_hub.PyTorchModelHubMixin.save_pretrained`.
         """
+        if self.backend:
+            raise ValueError("a copy for the CPU cannot be saved: save the model that it was made from")
         folder = Path(folder)
         fresh = folder / ".saving"
         shutil.rmtree(fresh, ignore_errors=True)  # what a killed save left
@@ -741,6 +750,230 @@ def count_macs(model: MultiExitSER, samples, exit: int, heads: list[int] | None 
         per_frame = {"gru": 6 * d * d, "lstm": 8 * d * d, "attention": d, "mean": 0}[kind] + d  # + the weighted mean
         total += t * per_frame + 256 * (d + len(model.labels))
     return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fast inference on a CPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+BACKENDS = ("fp32", "onednn", "bf16", "int8", "compile")
+
+
+def optimize_for_cpu(model: MultiExitSER, backend: str = "auto") -> MultiExitSER:
+    """A copy for inference on this CPU; the original stays as it is. The copy cannot be trained, truncated or saved.
+
+    Args:
+        backend:
+            fp32     torch's own kernels
+            onednn   weights packed for oneDNN, convolutions as matrix products, GELU fused; exact
+            bf16     onednn in bfloat16, for processors that compute in it (AVX-512 BF16, AMX, Arm); int8 recurrence
+            int8     onednn with int8 products, their inputs quantised as they come; int8 recurrence
+            compile  torch.compile: minutes before the first answer, and a C++ compiler
+            auto     the faster of the exact ones, fp32 and onednn, timed here for a second
+    Raises:
+        ValueError: an unknown backend, or one that this machine lacks.
+    """
+    if backend == "auto":
+        return fastest_exact(model)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r}: give one of {', '.join(BACKENDS)}, auto")
+    if backend in ("onednn", "bf16", "int8") and not torch.backends.mkldnn.is_available():
+        raise ValueError(f"backend {backend}: this build of torch lacks oneDNN; use fp32")
+    if backend == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise ValueError("backend bf16: this processor does not compute in bfloat16; use onednn or int8")
+
+    # The copy shares the matrices' memory until it packs them; those shared in the end get memory of their own.
+    values = ((id(p), p.detach().cpu()) for p in model.parameters())
+    shared = {key: nn.Parameter(p if p.ndim > 1 else p.clone(), requires_grad=False) for key, p in values}
+    fast = copy.deepcopy(model, shared).eval()
+    fast.backend = backend
+    position = fast.backbone.encoder.pos_conv_embed
+    position.conv = fold_weight_norm(position.conv)
+    if backend in ("onednn", "bf16", "int8"):
+        pack(fast, backend)
+    for parameter in fast.parameters():
+        parameter.data = parameter.data.clone()
+    if backend == "compile":
+        fast.forward = torch.compile(fast.forward, dynamic=True)
+    return fast
+
+
+def fold_weight_norm(conv: nn.Conv1d) -> nn.Conv1d:
+    """The position convolution with the weights that its weight norm works out anew at every call."""
+    folded = nn.utils.skip_init(
+        nn.Conv1d, conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, groups=conv.groups
+    ).requires_grad_(False)
+    folded.weight.data, folded.bias.data = conv.weight.detach().clone(), conv.bias.detach()
+    return folded
+
+
+def pack(fast: MultiExitSER, backend: str) -> None:
+    """Puts the packed parts below in the place of the model's own."""
+    backbone, config = fast.backbone, fast.backbone.config
+    if backend == "bf16":
+        backbone.bfloat16()  # the exit heads cost little and stay in float32, but for their recurrence
+    position = backbone.encoder.pos_conv_embed
+    position.conv = PackedPositionConv(position.conv)
+    layers = backbone.feature_extractor.conv_layers
+    for i, layer in enumerate(layers):
+        group_norm = i == 0 and config.feat_extract_norm == "group"
+        layers[i] = NormalizedConv(layer) if group_norm else MatrixConv(layer, backend)
+    backbone.feature_projection.projection = PackedLinear.of(backbone.feature_projection.projection, backend)
+    for layer in backbone.encoder.layers:
+        forward, activation = layer.feed_forward, layer.feed_forward.intermediate_act_fn
+        fuse_gelu = config.hidden_act == "gelu"
+        forward.intermediate_dense = PackedLinear.of(forward.intermediate_dense, backend, fuse_gelu)
+        forward.intermediate_act_fn = nn.Identity() if fuse_gelu else activation
+        forward.output_dense = PackedLinear.of(forward.output_dense, backend)
+        if config.model_type != "wavlm":  # whose attention is biased by position, and a function of torch's own
+            layer.attention = PackedAttention(layer.attention, backend)
+    for head in fast.heads.values():
+        if head.kind in ("gru", "lstm") and backend != "onednn":
+            with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):
+                torch.ao.quantization.quantize_dynamic(head, {nn.GRU, nn.LSTM}, torch.qint8, inplace=True)
+        elif head.kind == "gru":
+            head.rnn = PackedGRU(head.rnn)
+
+
+def fastest_exact(model: MultiExitSER) -> MultiExitSER:
+    """Of the exact backends, the copy that classifies 3 s of noise fastest."""
+    if not torch.backends.mkldnn.is_available():
+        return optimize_for_cpu(model, "fp32")
+    copies = [optimize_for_cpu(model, backend) for backend in ("fp32", "onednn")]
+    best, stop = [math.inf] * len(copies), time.perf_counter() + 1
+    noise = torch.randn(1, 3 * SAMPLE_RATE)
+    while time.perf_counter() < stop or math.isinf(best[0]):
+        for i, fast in enumerate(copies):
+            best[i] = min(best[i], fast.classify(noise)[0].milliseconds)
+    return copies[best.index(min(best))]
+
+
+class PackedLinear(nn.Module):
+    """x Wᵀ + b, then GELU if asked. weight: (out, in); bias: (out,) or None."""
+
+    # The operators are those that torch.compile would call.
+    def __init__(self, weight: Tensor, bias: Tensor | None, backend: str, gelu: bool = False):
+        super().__init__()
+        self.int8, self.gelu = backend == "int8", gelu
+        if self.int8:
+            scale = weight.abs().amax(1).clamp(min=1e-12).double() / 127  # one for each output
+            zero = torch.zeros_like(scale, dtype=torch.int64)
+            weight = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
+            self.weight = torch.ops.quantized.linear_prepack(weight, bias)
+        else:
+            self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 150), bias
+
+    @classmethod
+    def of(cls, linear: nn.Linear, backend: str, gelu: bool = False) -> "PackedLinear":
+        return cls(linear.weight, linear.bias, backend, gelu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.int8:
+            x = torch.ops.quantized.linear_dynamic(x, self.weight, reduce_range=True)
+            return F.gelu(x) if self.gelu else x
+        kind = "gelu" if self.gelu else "none"
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, kind, [], "none")
+
+
+class MatrixConv(nn.Module):
+    """A layer of the convolutional encoder as a matrix product: stored time by channel, each window is a row."""
+
+    def __init__(self, layer: nn.Module, backend: str):
+        super().__init__()
+        channels, self.kernel = layer.conv.weight.shape[1:]
+        self.stride, self.norm = layer.conv.stride[0], getattr(layer, "layer_norm", None)
+        weight = layer.conv.weight.transpose(1, 2).flatten(1)  # (out, kernel * channels)
+        if channels == 1 and backend == "int8":
+            backend = "onednn"  # raw samples deserve more than 8 bits, and ask for little
+        self.product = PackedLinear(weight, layer.conv.bias, backend, gelu=self.norm is None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2).contiguous()  # (B, T, channels), as the layer before has left it
+        batch, size, channels = x.shape
+        shape = (batch, (size - self.kernel) // self.stride + 1, self.kernel * channels)
+        x = self.product(x.as_strided(shape, (size * channels, self.stride * channels, 1)))  # (B, frames, out)
+        return (x if self.norm is None else F.gelu(self.norm(x))).transpose(1, 2)  # (B, out, frames)
+
+
+class NormalizedConv(nn.Module):
+    """The first layer of "base" models, convolution, GroupNorm over time, GELU, in one pass over its large output.
+
+    Convolution is linear: mean and covariance of its windows, a few samples wide, give mean and variance of its
+    outputs, so that the norm becomes a scale and a shift of the weights.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.conv, self.layer_norm, self.activation = layer.conv, layer.layer_norm, layer.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1:
+            return self.activation(self.layer_norm(self.conv(x)))
+        windows = x[0, 0].unfold(-1, self.conv.kernel_size[0], self.conv.stride[0])  # (frames, kernel)
+        weight, norm = self.conv.weight[:, 0].double(), self.layer_norm  # (out, kernel)
+        mean = windows.double().mean(0)
+        covariance = torch.cov(windows.double().T, correction=0)
+        variance = ((weight @ covariance) * weight).sum(1)  # (out,)
+        weight = weight * (norm.weight * torch.rsqrt(variance + norm.eps))[:, None]
+        bias = norm.bias - weight @ mean  # the convolution's own bias is in the mean, and cancels
+        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        x = torch.ops.mkldnn._linear_pointwise(windows.contiguous(), weight, bias, "gelu", [], "none")
+        return x.T[None]  # (1, out, frames)
+
+
+class PackedPositionConv(nn.Module):
+    def __init__(self, conv: nn.Conv1d):
+        super().__init__()
+        self.bias = conv.bias
+        self.how = [0, conv.padding[0]], [1, 1], [1, 1], conv.groups  # padding, stride, dilation of a 2-D convolution
+        shape = [1, conv.in_channels, 1, 150]  # of its usual input
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight[:, :, None], *self.how, shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        return convolve(x[:, :, None], self.weight, self.bias, *self.how, "none", [], "")[:, :, 0]
+
+
+class PackedAttention(nn.Module):
+    """Self-attention of wav2vec 2.0 and HuBERT, with one product for queries, keys and values."""
+
+    def __init__(self, attention: nn.Module, backend: str):
+        super().__init__()
+        query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+        weight = torch.cat([query.weight * attention.scaling, key.weight, value.weight])
+        bias = torch.cat([query.bias * attention.scaling, key.bias, value.bias])
+        self.project, self.heads = PackedLinear(weight, bias, backend), attention.num_heads
+        self.out = PackedLinear.of(attention.out_proj, backend)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_) -> tuple[Tensor, None]:
+        x = self.project(hidden_states).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, heads, D / heads)
+        query, key, value = x.transpose(1, 3).unbind(2)  # (B, heads, T, D / heads)
+        if x.dtype == torch.bfloat16 and attention_mask is None and x.shape[1] < 1000:
+            x = (query @ key.mT).softmax(-1) @ value  # faster than torch's fused kernel in bfloat16, but T² of memory
+        else:
+            x = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=1.0)
+        return self.out(x.transpose(1, 2).flatten(2)), None
+
+
+class PackedGRU(nn.Module):
+    """One layer of nn.GRU, batch first, from a zero state."""
+
+    def __init__(self, gru: nn.GRU):
+        super().__init__()
+        self.project = PackedLinear(gru.weight_ih_l0, gru.bias_ih_l0, "onednn")
+        self.recur = PackedLinear(gru.weight_hh_l0, gru.bias_hh_l0, "onednn")
+        self.width = gru.hidden_size
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        sizes, states = [2 * self.width, self.width], []
+        state = x.new_zeros(len(x), self.width)
+        # what each frame adds to the two gates, and to the new state
+        for gates, new in zip(*(part.unbind(1) for part in self.project(x).split(sizes, -1))):
+            recurrent_gates, recurrent_new = self.recur(state).split(sizes, -1)
+            reset, update = (gates + recurrent_gates).sigmoid_().chunk(2, -1)
+            state = torch.addcmul(new, reset, recurrent_new).tanh_().lerp_(state, update)
+            states.append(state)
+        return torch.stack(states, 1), None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,553 @@
+"""Times every exit on this machine's CPU, backend by backend, and writes one exit as a file to ship.
+
+    python benchmark_edge.py --backbone base                      # latency needs no trained weights
+    python benchmark_edge.py out --budget-ms 80                   # the deepest exit of a trained model that fits
+    python benchmark_edge.py out --export model.onnx --exit 3     # one exit in one file: .pt2, .onnx or a folder
+
+Read top to bottom: the flags, the model and its clips, one file to ship, the runners, measuring, the report, the plot.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import sdser
+
+ONNXRUNTIME = {"onnxruntime": "fp32", "onnxruntime-int8": "int8"}  # backend -> precision of its file
+BACKENDS = (*sdser.BACKENDS, *ONNXRUNTIME, "auto")
+PRECISION = {"bf16": "bf16", "int8": "int8", "onnxruntime-int8": "int8"}  # of the products; the others are fp32
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimddp", "bf16")
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("checkpoint", nargs="?", help="folder written by train.py, or a Hub name")
+    add("--backbone", choices=sdser.SIZES, help="instead of a checkpoint: a built-in shape with random weights")
+    add("--head", choices=sdser.HEADS, help="with --backbone: of the shallow exits (default gru)")
+    add("--exits", type=int, nargs="+", metavar="K", help="default: all of the checkpoint's, or the backbone's usual")
+    add("--seconds", type=float, nargs="+", default=[1.0, 3.0, 6.0], metavar="S", help="clip lengths (default 1 3 6)")
+    add("--threads", type=int, nargs="+", metavar="N", help="default: 1, and as many as there are cores")
+    add("--backends", nargs="+", choices=BACKENDS, help="default: all that are at hand, but for compile and auto")
+    add("--rounds", type=int, default=20, metavar="N", help="timed runs of each configuration, in turn (default 20)")
+    add("--budget-ms", type=float, metavar="MS", help="name the deepest exit that answers 95 %% of the time within it")
+    add("--json", metavar="FILE", help="write the results as JSON; - for standard output")
+    add("--plot", metavar="FILE", help="write a plot of the latencies (needs matplotlib)")
+    add("--export", metavar="FILE", help="write one exit as FILE.pt2, FILE.onnx or a folder, and measure nothing")
+    add("--exit", type=int, metavar="K", help="with --export (default: the deepest)")
+    add("--backend", metavar="B", help="with --export: fp32 (default), bf16 (.pt2) or int8 (.onnx)")
+    args = parser.parse_args(argv)
+    if (args.checkpoint is None) == (args.backbone is None):
+        parser.error("give either a checkpoint or --backbone")
+    if args.head and not args.backbone:
+        parser.error("--head goes with --backbone; a checkpoint has its own")
+    if (args.exit is not None or args.backend) and not args.export:
+        parser.error("--exit and --backend go with --export; to measure, there are --exits and --backends")
+    args.threads = args.threads or sorted({1, cores()})
+    if not all(0.025 <= seconds <= sdser.MAX_SECONDS for seconds in args.seconds):
+        parser.error(f"--seconds: give lengths from 0.025 to {sdser.MAX_SECONDS}")
+    if min(args.threads) < 1 or args.rounds < 1:
+        parser.error("--threads and --rounds: give at least 1")
+    return args
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+# -- the model and its clips ------------------------------------------------------------------------------------------
+
+
+def load_model(args) -> sdser.MultiExitSER:
+    if args.checkpoint:
+        model = sdser.MultiExitSER.from_pretrained(args.checkpoint)
+    else:
+        labels = ["anger", "disgust", "fear", "guilt", "happiness", "sadness", "surprise"]  # the paper's
+        torch.manual_seed(0)
+        model = sdser.MultiExitSER(labels, args.backbone, args.exits, args.head or "gru").eval()
+    for exit in args.exits or []:
+        model.check_exit(exit)
+    return model
+
+
+def load_clips(args) -> list[Tensor]:
+    """Eight waveforms (T,): the checkpoint's own test clips where they are at hand, else synthetic voices."""
+    split = Path(args.checkpoint or "", "split.csv")
+    if args.checkpoint and split.is_file():
+        test = [clip.path for clip in sdser.load_corpus(split) if clip.split == "test"]
+        with contextlib.suppress(OSError, ValueError):
+            return [sdser.load_audio(path, sdser.MAX_SECONDS) for path in test[:: math.ceil(len(test) / 8)]]
+    rng = np.random.default_rng(0)
+    voices = [sdser.synthesize(prosody, pitch, 1.0, rng) for prosody in sdser.PROSODY.values() for pitch in (110, 200)]
+    return [torch.from_numpy(voice) for voice in voices]
+
+
+# -- one file to ship -------------------------------------------------------------------------------------------------
+
+
+class Shipped(nn.Module):
+    """Raw waveform (1, T) at 16 kHz -> class probabilities (1, C)."""
+
+    def __init__(self, model: sdser.MultiExitSER):
+        super().__init__()
+        self.model = model
+
+    def forward(self, waveform: Tensor) -> Tensor:
+        if self.model.tile_seconds:
+            samples = round(self.model.tile_seconds * sdser.SAMPLE_RATE)
+            waveform = waveform[:, torch.arange(samples) % waveform.shape[1]]  # tiled as in training
+        return self.model(waveform)[0].logits.softmax(-1)
+
+
+def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str):
+    """Writes one exit as a file of its own, whole or not at all.
+
+    Args:
+        backend: fp32; bf16 for a .pt2; int8 for an .onnx.
+        path: ending in .pt2 (torch.export.load), .onnx (onnxruntime), or the folder of a checkpoint (from_pretrained).
+    Returns:
+        a function from a waveform (1, T) to probabilities (1, C), that runs what was written.
+    Raises:
+        ValueError: for a pair that cannot be written, or a package that is missing, saying what is possible.
+    """
+    ending = Path(path).suffix if Path(path).suffix in (".pt2", ".onnx") else "folder"
+    possible = {".pt2": ("fp32", "bf16"), ".onnx": ("fp32", "int8"), "folder": ("fp32",)}
+    if backend not in possible[ending]:
+        raise ValueError(f"{path}: {backend} cannot be written so; .pt2 holds fp32 or bf16, .onnx fp32 or int8, "
+                         "a folder fp32")  # fmt: skip
+    small = model.truncate(exit)
+    if ending == "folder":
+        small.save_pretrained(path)
+        return Shipped(sdser.MultiExitSER.from_pretrained(path))
+    if small.head_kinds == ["lstm"]:
+        raise ValueError(f"{path}: an LSTM head cannot be exported with clips of any length; write a folder")
+    small = sdser.optimize_for_cpu(small, "fp32")
+    if backend == "bf16":
+        small.backbone.bfloat16()
+    with tempfile.TemporaryDirectory(dir=Path(path).absolute().parent, prefix=".export-") as folder:
+        fresh = os.path.join(folder, "model" + ending)
+        write_pt2(small, fresh) if ending == ".pt2" else write_onnx(small, fresh, backend)
+        os.replace(fresh, path)
+    if ending == ".pt2":
+        return torch.export.load(path).module()
+    return onnxruntime_runner(path)
+
+
+def trace(model: sdser.MultiExitSER) -> torch.export.ExportedProgram:
+    from torch.export._patches import register_gru_while_loop_decomposition  # else a GRU's length would be frozen
+
+    waveform = torch.randn(1, 3 * sdser.SAMPLE_RATE)
+    with torch.no_grad(), register_gru_while_loop_decomposition():
+        return torch.export.export(Shipped(model), (waveform,), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},))
+
+
+def write_pt2(model: sdser.MultiExitSER, path: str) -> None:
+    torch.export.save(trace(model), path, extra_files={"labels.json": json.dumps(model.labels)})
+
+
+def write_onnx(model: sdser.MultiExitSER, path: str, backend: str) -> None:
+    onnxruntime()
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from torch.export._patches import register_gru_while_loop_decomposition
+
+    with quiet(), torch.no_grad(), register_gru_while_loop_decomposition():
+        names = dict(input_names=["waveform"], output_names=["probabilities"])
+        program = torch.onnx.export(trace(model), dynamo=True, verbose=False, **names)
+    program.model.metadata_props["labels"] = json.dumps(model.labels)
+    program.save(path)
+    if backend == "int8":  # of the matrix products: its int8 convolutions are slower than those in float32
+        with quiet():
+            quantize_dynamic(path, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
+
+
+@contextlib.contextmanager
+def quiet():
+    """Without the exporters' remarks to their own developers."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(level)
+
+
+def onnxruntime():
+    """The package, if what an ONNX file needs is installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"ONNX needs {error.name}: pip install onnx onnxscript onnxruntime") from None
+    return onnxruntime
+
+
+def onnxruntime_runner(path: str, threads: int | None = None):
+    """A function from a waveform (1, T) to probabilities (1, C) that runs an .onnx file."""
+    ort = onnxruntime()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or cores()
+    options.log_severity_level = 3  # errors
+    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda waveform: torch.from_numpy(session.run(None, {"waveform": waveform.numpy()})[0])
+
+
+@torch.inference_mode()
+def largest_change(reference, run, clips: list[Tensor]) -> float:
+    """Of any class probability, over the clips (T,)."""
+    return max((run(clip[None]) - reference(clip[None])).abs().max().item() for clip in clips)
+
+
+def ship(model: sdser.MultiExitSER, args) -> None:
+    exit, backend = args.exit if args.exit is not None else model.exits[-1], args.backend or "fp32"
+    model.check_exit(exit)
+    run = export(model, exit, backend, args.export)
+    clips = load_clips(args)
+    change = largest_change(Shipped(model.truncate(exit)), run, clips)
+    path = Path(args.export)
+    size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
+    print(f"{path}: exit {exit}, {backend}, {size / 1e6:.1f} MB, labels {', '.join(model.labels)}")
+    print(f"loaded back and run on {len(clips)} clips: no probability differs by more than {change:.1e}")
+    if path.suffix == ".pt2":
+        print(
+            "use: torch.export.load(path).module()(waveform), waveform (1, T) float32 at 16 kHz, at least 720 samples"
+        )
+    elif path.suffix == ".onnx":
+        print('use: onnxruntime.InferenceSession(path).run(None, {"waveform": waveform}), (1, T) float32 at 16 kHz')
+    else:
+        print("use: sdser.MultiExitSER.from_pretrained(path).classify(clips)")
+
+
+# -- the runners ------------------------------------------------------------------------------------------------------
+
+
+def choose_backends(args) -> list[str]:
+    """Those asked for, or those that this machine has; the ones asked for must work."""
+    if args.backends:
+        if set(args.backends) & set(ONNXRUNTIME):
+            onnxruntime()
+        return list(dict.fromkeys(args.backends))
+    found = ["fp32"]
+    if torch.backends.mkldnn.is_available():
+        found += ["onednn", "bf16", "int8"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ["onednn", "int8"]
+    with contextlib.suppress(ValueError):
+        onnxruntime()
+        found += ONNXRUNTIME
+    return found
+
+
+def make_runners(model, exits: list[int], backends: list[str], threads: list[int], folder: Path) -> dict:
+    """(exit, backend, threads) -> a function from a waveform (1, T) to probabilities (1, C)."""
+    runners = {}
+    for backend in backends:
+        if backend in ONNXRUNTIME:
+            for exit in exits:
+                path = str(folder / f"{exit}-{backend}.onnx")
+                export(model, exit, ONNXRUNTIME[backend], path)
+                runners |= {(exit, backend, count): onnxruntime_runner(path, count) for count in threads}
+            continue
+        fast = sdser.optimize_for_cpu(model, backend)
+        for exit in exits:
+            run = lambda waveform, fast=fast, exit=exit: fast(waveform, exit=exit)[0].logits.softmax(-1)  # noqa: E731
+            runners |= {(exit, fast.backend, count): run for count in threads}
+    return runners
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def describe_machine() -> dict:
+    try:
+        lines = dict(
+            line.split(":", 1)
+            for line in Path("/proc/cpuinfo").read_text().replace("\t", "").splitlines()
+            if ":" in line
+        )
+    except OSError:
+        lines = {}
+    flags = set(lines.get("flags", lines.get("Features", "")).split())
+    return {
+        "cpu": lines.get("model name", platform.processor() or platform.machine()).strip(),
+        "cores": cores(),
+        "instructions": [name for name in INSTRUCTIONS if name in flags],
+        "torch": torch.__version__,
+    }
+
+
+def matrix_products(precision: str) -> list:
+    """Pairs of a function that multiplies matrices and its floating-point operations; none if it cannot be had."""
+    products = []
+    for rows, inner, columns in ((1024, 1024, 1024), (2048, 2048, 2048), (4800, 1536, 512)):
+        x, weight, flops = torch.randn(rows, inner), torch.randn(columns, inner), 2 * rows * inner * columns
+        if precision != "int8":
+            dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+            x, weight = x.to(dtype), weight.to(dtype)
+            products.append((lambda x=x, weight=weight: F.linear(x, weight), flops))  # MKL for float32
+        if torch.backends.mkldnn.is_available():
+            backend = {"fp32": "onednn"}.get(precision, precision)
+            packed = sdser.PackedLinear(weight, None, backend)
+            products.append((lambda x=x, packed=packed: packed(x), flops))
+    return products
+
+
+@torch.inference_mode()
+def measure(runners: dict, waveforms: dict, args) -> tuple[dict, dict]:
+    """Times all configurations in turn, round by round, so that a drift of the machine hits all alike.
+
+    Returns:
+        milliseconds {(exit, backend, threads, seconds): [one a round]}, and the best GFLOP/s of matrix products
+        {(threads, precision): value}.
+    """
+    precisions = sorted({PRECISION.get(backend, "fp32") for _, backend, _ in runners} | {"fp32"})
+    products = {precision: matrix_products(precision) for precision in precisions}
+    times, peaks = defaultdict(list), defaultdict(float)
+    bar = tqdm(total=(2 + args.rounds) * len(runners) * len(waveforms), desc="timing", leave=False, disable=None)
+    for round in range(-2, args.rounds):  # the first two warm up
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            for precision, function, flops in ((p, *product) for p in precisions for product in products[p]):
+                start = time.perf_counter()
+                function()
+                rate = flops / (time.perf_counter() - start) / 1e9
+                peaks[threads, precision] = max(peaks[threads, precision], rate)
+            for seconds, waveform in waveforms.items():
+                for (exit, backend, count), run in runners.items():
+                    if count != threads:
+                        continue
+                    start = time.perf_counter()
+                    run(waveform)
+                    if round >= 0:
+                        times[exit, backend, threads, seconds].append(1000 * (time.perf_counter() - start))
+                    bar.update()
+    bar.close()
+    return times, peaks
+
+
+# Run in a process of its own, which reports its peak in MB. Linux hands a parent's peak on in ru_maxrss.
+PEAK = """
+import re, resource, sys
+try:
+    peak = int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024
+except OSError:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(peak)
+"""
+RUN_TORCH = """
+import sys, torch, sdser
+folder, backend, seconds, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
+model = sdser.optimize_for_cpu(sdser.MultiExitSER.from_pretrained(folder), backend)
+model.classify([0.1 * torch.randn(round(float(seconds) * sdser.SAMPLE_RATE))])
+"""
+RUN_ONNXRUNTIME = """
+import sys, numpy, onnxruntime
+path, _, seconds, threads = sys.argv[1:]
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads, options.log_severity_level = int(threads), 3
+session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+session.run(None, {"waveform": 0.1 * numpy.random.randn(1, round(float(seconds) * 16000)).astype("float32")})
+"""
+
+
+def peak_memory(folder: Path, exit: int, backend: str, args) -> float:
+    """MB that a process takes at most to load this exit alone and to answer for the longest clip."""
+    code, path = (RUN_ONNXRUNTIME, f"{exit}-{backend}.onnx") if backend in ONNXRUNTIME else (RUN_TORCH, str(exit))
+    command = [sys.executable, "-c", code + PEAK, folder / path, backend, max(args.seconds), max(args.threads)]
+    environment = os.environ | {"PYTHONPATH": str(Path(sdser.__file__).parent)}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(
+            f"exit {exit}, {backend}: the process that measures memory failed ({done.stderr.strip()[-300:]})"
+        )
+    return float(done.stdout.split()[-1])
+
+
+def benchmark(model: sdser.MultiExitSER, args) -> dict:
+    """Everything that is measured, as it goes into the JSON."""
+    backends, exits = choose_backends(args), args.exits or model.exits
+    clips, machine = load_clips(args), describe_machine()
+    lengths = {seconds: round(seconds * sdser.SAMPLE_RATE) for seconds in args.seconds}
+    with tempfile.TemporaryDirectory() as folder:
+        runners = make_runners(model, exits, backends, args.threads, Path(folder))
+        model_reads = {
+            s: [sdser.prepare(sdser.tile(clip, n), model.tile_seconds) for clip in clips] for s, n in lengths.items()
+        }
+        times, peaks = measure(runners, {s: waveforms[0][None] for s, waveforms in model_reads.items()}, args)
+        kept = {exit: model.truncate(exit) for exit in exits}
+        for exit, small in kept.items():
+            small.save_pretrained(Path(folder, str(exit)))
+        pairs = sorted({(exit, backend) for exit, backend, _ in runners}, key=lambda pair: pair[0])
+        memory = {
+            (exit, backend): peak_memory(Path(folder), exit, backend, args)
+            for exit, backend in tqdm(pairs, "memory", leave=False, disable=None)
+        }
+        size = {
+            (exit, backend): Path(
+                folder, f"{exit}-{backend}.onnx" if backend in ONNXRUNTIME else f"{exit}/model.safetensors"
+            )
+            .stat()
+            .st_size
+            for exit, backend in pairs
+        }
+        change = {
+            (exit, backend, seconds): largest_change(
+                lambda waveform, exit=exit: model(waveform, exit=exit)[0].logits.softmax(-1),
+                runners[exit, backend, args.threads[-1]],
+                model_reads[seconds],
+            )
+            for exit, backend in pairs
+            for seconds in args.seconds
+        }
+    machine["peak_gflops"] = {p: value for (threads, p), value in peaks.items() if threads == max(args.threads)}
+    machine["peak_gflops_by_threads"] = {
+        str(threads): {p: value for (count, p), value in peaks.items() if count == threads} for threads in args.threads
+    }
+    rows = []
+    for (exit, backend, threads, seconds), milliseconds in times.items():
+        p50, p95 = np.percentile(milliseconds, [50, 95])
+        macs = int(sdser.count_macs(model, lengths[seconds], exit))
+        gflops = 2 * macs / p50 / 1e6
+        rows.append({
+            "exit": exit, "backend": backend, "seconds": seconds, "threads": threads,
+            "p50_ms": p50, "p95_ms": p95, "real_time_factor": p50 / 1000 / seconds, "macs": macs, "gflops": gflops,
+            "peak_fraction": gflops / peaks[threads, PRECISION.get(backend, "fp32")],
+            "peak_rss_mb": memory[exit, backend], "parameters": sum(p.numel() for p in kept[exit].parameters()),
+            "size_mb": size[exit, backend] / 1e6, "max_probability_change": change[exit, backend, seconds],
+        })  # fmt: skip
+    return {"machine": machine, "rows": rows}
+
+
+# -- the report -------------------------------------------------------------------------------------------------------
+
+
+def report(results: dict, args) -> None:
+    """A table for each clip length and number of threads, and what to take from it."""
+    machine, rows = results["machine"], results["rows"]
+    print(f"{args.checkpoint or args.backbone} on {machine['cpu']}, {machine['cores']} cores "
+          f"({' '.join(machine['instructions'])}), torch {machine['torch']}")  # fmt: skip
+    for threads, peaks in machine["peak_gflops_by_threads"].items():
+        best = ", ".join(f"{precision} {value:.0f}" for precision, value in sorted(peaks.items()))
+        print(f"best matrix product with {threads} thread(s), GFLOP/s: {best}")
+    for threads in args.threads:
+        for seconds in args.seconds:
+            print(f"\n{seconds:g} s of audio, one clip at a time, {threads} thread(s), {args.rounds} runs")
+            print("exit  backend           median ms  95 % ms  real time  GFLOP/s  of peak  peak MB  params M  "
+                  "file MB  change")  # fmt: skip
+            for row in sorted(select(rows, threads, seconds), key=lambda row: row["exit"]):
+                print(f"{row['exit']:4}  {row['backend']:16}  {row['p50_ms']:9.1f}  {row['p95_ms']:7.1f}  "
+                      f"{row['real_time_factor']:9.3f}  {row['gflops']:7.0f}  {100 * row['peak_fraction']:5.0f} %  "
+                      f"{row['peak_rss_mb']:7.0f}  {row['parameters'] / 1e6:8.1f}  {row['size_mb']:7.1f}  "
+                      f"{row['max_probability_change']:.0e}")  # fmt: skip
+    print("\nreal time: time / length of the clip. change: the largest of any class probability, against torch in")
+    print("float32. peak MB: of a process that loads this exit alone and runs the longest clip. file MB: in float32,")
+    print("or of the .onnx file.")
+    if args.budget_ms:
+        for threads in args.threads:
+            for seconds in args.seconds:
+                print(f"\n{seconds:g} s, {threads} thread(s): {fit_budget(select(rows, threads, seconds), args)}")
+    print(f"\n{verdict(rows, args)}")
+
+
+def select(rows: list[dict], threads: int, seconds: float) -> list[dict]:
+    return [row for row in rows if row["threads"] == threads and row["seconds"] == seconds]
+
+
+def fit_budget(rows: list[dict], args) -> str:
+    """The deepest exit that answers in time, by the backend that changes its probabilities least."""
+    fits = [row for row in rows if row["p95_ms"] <= args.budget_ms]
+    if not fits:
+        best = min(rows, key=lambda row: row["p95_ms"])
+        return (f"nothing fits {args.budget_ms:g} ms; nearest is exit {best['exit']} by {best['backend']}, "
+                f"{best['p95_ms']:.1f} ms")  # fmt: skip
+    best = min(fits, key=lambda row: (-row["exit"], row["max_probability_change"]))
+    worth = ""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        test = json.loads(Path(args.checkpoint or "", "results.json").read_text())["test"]["exits"]
+        worth = "".join(f", test UAR {row['uar']:.3f}" for row in test if row["exit"] == best["exit"])
+    return (f"exit {best['exit']} is the deepest within {args.budget_ms:g} ms, by {best['backend']} "
+            f"({best['p95_ms']:.1f} ms in 95 % of runs{worth})")  # fmt: skip
+
+
+def verdict(rows: list[dict], args) -> str:
+    """The fastest exact backend and the fastest of all, at the deepest exit, on most threads and the longest clip."""
+    rows = select(rows, max(args.threads), max(args.seconds))
+    deepest = max(row["exit"] for row in rows)
+    rows = sorted((row for row in rows if row["exit"] == deepest), key=lambda row: row["p50_ms"])
+    exact = next((row for row in rows if row["max_probability_change"] < 1e-4), rows[0])
+    text = f"At exit {deepest}, the fastest exact backend is {exact['backend']} ({exact['p50_ms']:.1f} ms)"
+    if rows[0] is exact:
+        return text + ", and nothing is faster."
+    return (f"{text}; the fastest of all is {rows[0]['backend']} ({rows[0]['p50_ms']:.1f} ms), which changes no "
+            f"probability by more than {rows[0]['max_probability_change']:.1e}.")  # fmt: skip
+
+
+# -- the plot ---------------------------------------------------------------------------------------------------------
+
+
+def plot(results: dict, args) -> None:
+    """Latency against exit, a line per backend and a panel per clip length, on most threads."""
+    from matplotlib import pyplot as plt
+
+    rows, threads = results["rows"], max(args.threads)
+    figure, panels = plt.subplots(1, len(args.seconds), figsize=(1.5 + 3 * len(args.seconds), 3.5), sharey=False,
+                                  squeeze=False, layout="constrained")  # fmt: skip
+    for axes, seconds in zip(panels[0], args.seconds):
+        shown = select(rows, threads, seconds)
+        backends = list(dict.fromkeys(row["backend"] for row in shown))
+        for i, backend in enumerate(backends):
+            points = sorted((row["exit"], row["p50_ms"]) for row in shown if row["backend"] == backend)
+            style = dict(marker="osD^vP*X"[i % 8], linestyle=["-", "--", ":", "-."][i % 4], color=str(0.1 * (i % 6)))
+            axes.plot(*zip(*points), **style, label=backend)
+        axes.set(title=f"{seconds:g} s of audio", xlabel="exit (layers)", ylim=(0, None))
+        axes.set_xticks(sorted({row["exit"] for row in shown}))
+    panels[0][0].set_ylabel(f"median ms, {threads} thread(s)")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    figure.savefig(args.plot, dpi=120)
+
+
+def main(argv=None) -> None:
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    args = parse_args(argv)
+    try:
+        model = load_model(args)
+        if args.export:
+            return ship(model, args)
+        if args.plot:  # before the work, not after it
+            try:
+                import matplotlib
+            except ImportError:
+                raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+            matplotlib.use("Agg")
+        results = benchmark(model, args)
+        if args.json != "-":
+            report(results, args)
+        if args.plot:
+            plot(results, args)
+        if args.json:
+            text = json.dumps(results, indent=2)
+            print(text) if args.json == "-" else Path(args.json).write_text(text)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
