@@ -136,8 +136,6 @@ def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str):
     if ending == "folder":
         small.save_pretrained(path)
         return Shipped(sdser.MultiExitSER.from_pretrained(path))
-    if small.head_kinds == ["lstm"]:
-        raise ValueError(f"{path}: an LSTM head cannot be exported with clips of any length; write a folder")
     small = sdser.optimize_for_cpu(small, "fp32")
     if backend == "bf16":
         small.backbone.bfloat16()
@@ -151,39 +149,39 @@ def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str):
 
 
 def trace(model: sdser.MultiExitSER) -> torch.export.ExportedProgram:
-    from torch.export._patches import register_gru_while_loop_decomposition  # else a GRU's length would be frozen
-
     waveform = torch.randn(1, 3 * sdser.SAMPLE_RATE)
-    with torch.no_grad(), register_gru_while_loop_decomposition():
-        return torch.export.export(Shipped(model), (waveform,), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},))
+    return torch.export.export(Shipped(model), (waveform,), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},))
 
 
 def write_pt2(model: sdser.MultiExitSER, path: str) -> None:
-    torch.export.save(trace(model), path, extra_files={"labels.json": json.dumps(model.labels)})
+    with exporting():
+        torch.export.save(trace(model), path, extra_files={"labels.json": json.dumps(model.labels)})
 
 
 def write_onnx(model: sdser.MultiExitSER, path: str, backend: str) -> None:
     onnxruntime()
     from onnxruntime.quantization import QuantType, quantize_dynamic
-    from torch.export._patches import register_gru_while_loop_decomposition
 
-    with quiet(), torch.no_grad(), register_gru_while_loop_decomposition():
+    with exporting():
         names = dict(input_names=["waveform"], output_names=["probabilities"])
         program = torch.onnx.export(trace(model), dynamo=True, verbose=False, **names)
-    program.model.metadata_props["labels"] = json.dumps(model.labels)
-    program.save(path)
-    if backend == "int8":  # of the matrix products: its int8 convolutions are slower than those in float32
-        with quiet():
+        program.model.metadata_props["labels"] = json.dumps(model.labels)
+        program.save(path)
+        if backend == "int8":  # of the matrix products: its int8 convolutions are slower than those in float32
             quantize_dynamic(path, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
 
 
 @contextlib.contextmanager
-def quiet():
-    """Without the exporters' remarks to their own developers."""
+def exporting():
+    """For clips of any length, and without the exporters' remarks to their own developers."""
+    # A recurrent network that is not made a loop would keep the length of the clip that it is traced with.
+    from torch.export._patches import register_gru_while_loop_decomposition as gru_loop
+    from torch.export._patches import register_lstm_while_loop_decomposition as lstm_loop
+
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with torch.no_grad(), gru_loop(), lstm_loop(), warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(level)
@@ -370,13 +368,16 @@ session.run(None, {"waveform": 0.1 * numpy.random.randn(1, round(float(seconds) 
 def peak_memory(folder: Path, exit: int, backend: str, args) -> float:
     """MB that a process takes at most to load this exit alone and to answer for the longest clip."""
     code, path = (RUN_ONNXRUNTIME, f"{exit}-{backend}.onnx") if backend in ONNXRUNTIME else (RUN_TORCH, str(exit))
-    command = [sys.executable, "-c", code + PEAK, folder / path, backend, max(args.seconds), max(args.threads)]
+    return run_alone(code, folder / path, backend, max(args.seconds), max(args.threads))
+
+
+def run_alone(code: str, *arguments) -> float:
+    """Peak memory in MB of a process that runs this code."""
+    command = [sys.executable, "-c", code + PEAK, *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(Path(sdser.__file__).parent)}
-    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(
-            f"exit {exit}, {backend}: the process that measures memory failed ({done.stderr.strip()[-300:]})"
-        )
+        raise ValueError(f"a process that measures memory failed ({done.stderr.strip()[-300:]})")
     return float(done.stdout.split()[-1])
 
 
@@ -416,6 +417,7 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
             for exit, backend in pairs
             for seconds in args.seconds
         }
+    machine["import_rss_mb"] = run_alone("import sdser")
     machine["peak_gflops"] = {p: value for (threads, p), value in peaks.items() if threads == max(args.threads)}
     machine["peak_gflops_by_threads"] = {
         str(threads): {p: value for (count, p), value in peaks.items() if count == threads} for threads in args.threads
@@ -456,9 +458,9 @@ def report(results: dict, args) -> None:
                       f"{row['real_time_factor']:9.3f}  {row['gflops']:7.0f}  {100 * row['peak_fraction']:5.0f} %  "
                       f"{row['peak_rss_mb']:7.0f}  {row['parameters'] / 1e6:8.1f}  {row['size_mb']:7.1f}  "
                       f"{row['max_probability_change']:.0e}")  # fmt: skip
-    print("\nreal time: time / length of the clip. change: the largest of any class probability, against torch in")
-    print("float32. peak MB: of a process that loads this exit alone and runs the longest clip. file MB: in float32,")
-    print("or of the .onnx file.")
+    print("\nreal time: time / length of the clip. change: the largest of any class probability, against fp32.")
+    print("peak MB: of a process that loads this exit alone and runs the longest clip; Python with torch and")
+    print(f"transformers takes {machine['import_rss_mb']:.0f} of them. file MB: of the weights, or of the .onnx file.")
     if args.budget_ms:
         for threads in args.threads:
             for seconds in args.seconds:
