@@ -813,7 +813,8 @@ def pack(fast: MultiExitSER, backend: str) -> None:
     if backend == "bf16":
         backbone.bfloat16()  # the exit heads cost little and stay in float32, but for their recurrence
     position = backbone.encoder.pos_conv_embed
-    position.conv = PackedPositionConv(position.conv)
+    half = backend != "onednn" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    position.conv = PackedPositionConv(position.conv, torch.bfloat16 if half else torch.float32)
     layers = backbone.feature_extractor.conv_layers
     for i, layer in enumerate(layers):
         group_norm = i == 0 and config.feat_extract_norm == "group"
@@ -870,7 +871,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.int8:
             x = torch.ops.quantized.linear_dynamic(x, self.weight, reduce_range=True)
-            return F.gelu(x) if self.gelu else x
+            return torch.ops.aten.gelu_(x) if self.gelu else x
         kind = "gelu" if self.gelu else "none"
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, kind, [], "none")
 
@@ -922,16 +923,17 @@ class NormalizedConv(nn.Module):
 
 
 class PackedPositionConv(nn.Module):
-    def __init__(self, conv: nn.Conv1d):
+    def __init__(self, conv: nn.Conv1d, dtype: torch.dtype):
         super().__init__()
-        self.bias = conv.bias
+        self.bias, self.dtype = nn.Parameter(conv.bias.to(dtype), requires_grad=False), dtype
         self.how = [0, conv.padding[0]], [1, 1], [1, 1], conv.groups  # padding, stride, dilation of a 2-D convolution
         shape = [1, conv.in_channels, 1, 150]  # of its usual input
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight[:, :, None], *self.how, shape)
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight[:, :, None].to(dtype), *self.how, shape)
 
     def forward(self, x: Tensor) -> Tensor:
         convolve = torch.ops.mkldnn._convolution_pointwise
-        return convolve(x[:, :, None], self.weight, self.bias, *self.how, "none", [], "")[:, :, 0]
+        y = convolve(x[:, :, None].to(self.dtype), self.weight, self.bias, *self.how, "none", [], "")
+        return y[:, :, 0].to(x.dtype)
 
 
 class PackedAttention(nn.Module):
