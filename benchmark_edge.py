@@ -295,14 +295,13 @@ def matrix_products(precision: str) -> list:
     products = []
     for rows, inner, columns in ((1024, 1024, 1024), (2048, 2048, 2048), (4800, 1536, 512)):
         x, weight, flops = torch.randn(rows, inner), torch.randn(columns, inner), 2 * rows * inner * columns
-        if precision != "int8":
-            dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-            x, weight = x.to(dtype), weight.to(dtype)
-            products.append((lambda x=x, weight=weight: F.linear(x, weight), flops))  # MKL for float32
+        kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.qint8}[precision]
         if torch.backends.mkldnn.is_available():
-            backend = {"fp32": "onednn"}.get(precision, precision)
-            packed = sdser.PackedLinear(weight, None, backend)
+            packed = sdser.PackedLinear(sdser.linear(weight, None), kind)
             products.append((lambda x=x, packed=packed: packed(x), flops))
+        if precision != "int8":
+            x, weight = x.to(kind), weight.to(kind)
+            products.append((lambda x=x, weight=weight: F.linear(x, weight), flops))  # MKL for float32
     return products
 
 

@@ -434,7 +434,7 @@ class MultiExitSER(
                 x = layer(x)  # (B, channels, T)
 
         hidden = self.backbone.feature_projection(x.transpose(1, 2))  # (B, T, D), one frame per 20 ms
-        hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # HuBERT's returns no tuple
+        hidden = (hidden[0] if isinstance(hidden, tuple) else hidden).to(self.dtype)  # HuBERT's returns no tuple
         valid = None if lengths is None else valid_mask(lengths, hidden.shape[1])  # (B, T)
         if self.training and self.masks_time:
             mask = self.sample_time_mask(hidden, valid)
@@ -767,7 +767,7 @@ def optimize_for_cpu(model: MultiExitSER, backend: str = "auto") -> MultiExitSER
             fp32     torch's own kernels
             onednn   weights packed for oneDNN, convolutions as matrix products, GELU fused; exact
             bf16     onednn in bfloat16, for processors that compute in it (AVX-512 BF16, AMX, Arm); int8 recurrence
-            int8     onednn with int8 products, their inputs quantised as they come; int8 recurrence
+            int8     int8 linears, their inputs quantised as they come, and recurrence; the rest as bf16, or onednn
             compile  torch.compile: minutes before the first answer, and a C++ compiler
             auto     the faster of the exact ones, fp32 and onednn, timed here for a second
     Raises:
@@ -810,24 +810,28 @@ def fold_weight_norm(conv: nn.Conv1d) -> nn.Conv1d:
 def pack(fast: MultiExitSER, backend: str) -> None:
     """Puts the packed parts below in the place of the model's own."""
     backbone, config = fast.backbone, fast.backbone.config
-    if backend == "bf16":
-        backbone.bfloat16()  # the exit heads cost little and stay in float32, but for their recurrence
-    position = backbone.encoder.pos_conv_embed
+    # The residual stream adds up in float32. Convolutions stay out of int8, which their activations outrange: in a
+    # trained model it changed every other label.
+    precision = {"onednn": torch.float32, "bf16": torch.bfloat16, "int8": torch.qint8}[backend]
     half = backend != "onednn" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    position.conv = PackedPositionConv(position.conv, torch.bfloat16 if half else torch.float32)
-    layers = backbone.feature_extractor.conv_layers
+    dtype = torch.bfloat16 if half else torch.float32
+    layers, position = backbone.feature_extractor.conv_layers, backbone.encoder.pos_conv_embed
     for i, layer in enumerate(layers):
         group_norm = i == 0 and config.feat_extract_norm == "group"
-        layers[i] = NormalizedConv(layer) if group_norm else MatrixConv(layer, backend)
-    backbone.feature_projection.projection = PackedLinear.of(backbone.feature_projection.projection, backend)
+        layers[i] = (NormalizedConv if group_norm else MatrixConv)(layer, dtype)
+    position.conv = PackedPositionConv(position.conv, dtype)
+
+    projection = backbone.feature_projection
+    projection.projection = PackedLinear(projection.projection, precision)
     for layer in backbone.encoder.layers:
-        forward, activation = layer.feed_forward, layer.feed_forward.intermediate_act_fn
-        fuse_gelu = config.hidden_act == "gelu"
-        forward.intermediate_dense = PackedLinear.of(forward.intermediate_dense, backend, fuse_gelu)
-        forward.intermediate_act_fn = nn.Identity() if fuse_gelu else activation
-        forward.output_dense = PackedLinear.of(forward.output_dense, backend)
-        if config.model_type != "wavlm":  # whose attention is biased by position, and a function of torch's own
-            layer.attention = PackedAttention(layer.attention, backend)
+        feed_forward, fuse = layer.feed_forward, config.hidden_act == "gelu"
+        feed_forward.intermediate_dense = PackedLinear(feed_forward.intermediate_dense, precision, gelu=fuse)
+        feed_forward.intermediate_act_fn = nn.Identity() if fuse else feed_forward.intermediate_act_fn
+        feed_forward.output_dense = PackedLinear(feed_forward.output_dense, precision)
+        if config.model_type != "wavlm":
+            layer.attention = PackedAttention(layer.attention, precision)
+        elif half:
+            layer.attention = HalfAttention(layer.attention)
     for head in fast.heads.values():
         if head.kind in ("gru", "lstm") and backend != "onednn":
             with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):
@@ -850,46 +854,52 @@ def fastest_exact(model: MultiExitSER) -> MultiExitSER:
 
 
 class PackedLinear(nn.Module):
-    """x Wᵀ + b, then GELU if asked. weight: (out, in); bias: (out,) or None."""
+    """A linear layer, and GELU if asked, its weight laid out for the kernel of one precision.
 
-    # The operators are those that torch.compile would call.
-    def __init__(self, weight: Tensor, bias: Tensor | None, backend: str, gelu: bool = False):
+    Its output is in float32, or bfloat16 if that is the precision. The operators are those that torch.compile calls.
+    """
+
+    def __init__(self, linear: nn.Linear, precision: torch.dtype, gelu: bool = False):
         super().__init__()
-        self.int8, self.gelu = backend == "int8", gelu
-        if self.int8:
+        self.precision, self.gelu, weight = precision, gelu, linear.weight  # (out, in)
+        if precision == torch.qint8:
             scale = weight.abs().amax(1).clamp(min=1e-12).double() / 127  # one for each output
             zero = torch.zeros_like(scale, dtype=torch.int64)
             weight = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
-            self.weight = torch.ops.quantized.linear_prepack(weight, bias)
+            self.packed = torch.ops.quantized.linear_prepack(weight, linear.bias)
         else:
-            self.weight, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 150), bias
-
-    @classmethod
-    def of(cls, linear: nn.Linear, backend: str, gelu: bool = False) -> "PackedLinear":
-        return cls(linear.weight, linear.bias, backend, gelu)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(precision).contiguous(), 150)  # rows
+            self.bias = None if linear.bias is None else linear.bias.to(precision)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.int8:
-            x = torch.ops.quantized.linear_dynamic(x, self.weight, reduce_range=True)
+        if self.precision == torch.qint8:
+            x = torch.ops.quantized.linear_dynamic(x.float(), self.packed, reduce_range=True)
             return torch.ops.aten.gelu_(x) if self.gelu else x
         kind = "gelu" if self.gelu else "none"
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, kind, [], "none")
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.precision), self.packed, self.bias, kind, [], "none")
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """The layer of this weight (out, in) and bias."""
+    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), bias=bias is not None, dtype=weight.dtype)
+    layer.weight.data = weight.detach()
+    if bias is not None:
+        layer.bias.data = bias.detach()
+    return layer.requires_grad_(False)
 
 
 class MatrixConv(nn.Module):
     """A layer of the convolutional encoder as a matrix product: stored time by channel, each window is a row."""
 
-    def __init__(self, layer: nn.Module, backend: str):
+    def __init__(self, layer: nn.Module, dtype: torch.dtype):
         super().__init__()
-        channels, self.kernel = layer.conv.weight.shape[1:]
-        self.stride, self.norm = layer.conv.stride[0], getattr(layer, "layer_norm", None)
+        self.kernel, self.stride, self.dtype = layer.conv.kernel_size[0], layer.conv.stride[0], dtype
+        self.norm = getattr(layer, "layer_norm", None)
         weight = layer.conv.weight.transpose(1, 2).flatten(1)  # (out, kernel * channels)
-        if channels == 1 and backend == "int8":
-            backend = "onednn"  # raw samples deserve more than 8 bits, and ask for little
-        self.product = PackedLinear(weight, layer.conv.bias, backend, gelu=self.norm is None)
+        self.product = PackedLinear(linear(weight, layer.conv.bias), dtype, gelu=self.norm is None)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.transpose(1, 2).contiguous()  # (B, T, channels), as the layer before has left it
+        x = x.transpose(1, 2).contiguous().to(self.dtype)  # (B, T, channels), as the layer before has left it
         batch, size, channels = x.shape
         shape = (batch, (size - self.kernel) // self.stride + 1, self.kernel * channels)
         x = self.product(x.as_strided(shape, (size * channels, self.stride * channels, 1)))  # (B, frames, out)
@@ -903,9 +913,10 @@ class NormalizedConv(nn.Module):
     outputs, so that the norm becomes a scale and a shift of the weights.
     """
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, dtype: torch.dtype):
         super().__init__()
         self.conv, self.layer_norm, self.activation = layer.conv, layer.layer_norm, layer.activation
+        self.dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
         if len(x) > 1:
@@ -917,8 +928,8 @@ class NormalizedConv(nn.Module):
         variance = ((weight @ covariance) * weight).sum(1)  # (out,)
         weight = weight * (norm.weight * torch.rsqrt(variance + norm.eps))[:, None]
         bias = norm.bias - weight @ mean  # the convolution's own bias is in the mean, and cancels
-        weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        x = torch.ops.mkldnn._linear_pointwise(windows.contiguous(), weight, bias, "gelu", [], "none")
+        windows, weight, bias = (t.to(self.dtype).contiguous() for t in (windows, weight, bias))
+        x = torch.ops.mkldnn._linear_pointwise(windows, weight, bias, "gelu", [], "none")
         return x.T[None]  # (1, out, frames)
 
 
@@ -939,13 +950,13 @@ class PackedPositionConv(nn.Module):
 class PackedAttention(nn.Module):
     """Self-attention of wav2vec 2.0 and HuBERT, with one product for queries, keys and values."""
 
-    def __init__(self, attention: nn.Module, backend: str):
+    def __init__(self, attention: nn.Module, precision: torch.dtype):
         super().__init__()
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
         weight = torch.cat([query.weight * attention.scaling, key.weight, value.weight])
         bias = torch.cat([query.bias * attention.scaling, key.bias, value.bias])
-        self.project, self.heads = PackedLinear(weight, bias, backend), attention.num_heads
-        self.out = PackedLinear.of(attention.out_proj, backend)
+        self.project, self.heads = PackedLinear(linear(weight, bias), precision), attention.num_heads
+        self.out = PackedLinear(attention.out_proj, precision)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_) -> tuple[Tensor, None]:
         x = self.project(hidden_states).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, heads, D / heads)
@@ -957,13 +968,24 @@ class PackedAttention(nn.Module):
         return self.out(x.transpose(1, 2).flatten(2)), None
 
 
+class HalfAttention(nn.Module):
+    """WavLM's attention, a function of torch's own, in bfloat16."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention = attention.bfloat16()
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple:
+        return self.attention(hidden_states.bfloat16(), *args, **kwargs)
+
+
 class PackedGRU(nn.Module):
     """One layer of nn.GRU, batch first, from a zero state."""
 
     def __init__(self, gru: nn.GRU):
         super().__init__()
-        self.project = PackedLinear(gru.weight_ih_l0, gru.bias_ih_l0, "onednn")
-        self.recur = PackedLinear(gru.weight_hh_l0, gru.bias_hh_l0, "onednn")
+        self.project = PackedLinear(linear(gru.weight_ih_l0, gru.bias_ih_l0), torch.float32)
+        self.recur = PackedLinear(linear(gru.weight_hh_l0, gru.bias_hh_l0), torch.float32)
         self.width = gru.hidden_size
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:

@@ -90,7 +90,9 @@ def test_the_first_layer_in_one_pass_holds_for_any_signal():
         layer.conv.bias = torch.nn.Parameter(torch.randn(16))
         t = torch.arange(8000) / 16000
         for signal in (torch.randn(8000), torch.sin(600 * t) + 3, torch.zeros(8000)):
-            assert torch.allclose(sdser.NormalizedConv(layer)(signal[None, None]), layer(signal[None, None]), atol=1e-4)
+            assert torch.allclose(
+                sdser.NormalizedConv(layer, torch.float32)(signal[None, None]), layer(signal[None, None]), atol=1e-4
+            )
 
 
 def test_auto_takes_an_exact_backend():
