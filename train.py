@@ -349,9 +349,14 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     if state:
         if (out / "split.csv").read_text(encoding="utf-8") != split_csv(clips):
             raise ValueError(f"{args.data}: its clips or splits are no longer those of the run in {out}; train anew")
-        for part, name in ((model, "model"), (optimizer, "optimizer"), (scheduler, "scheduler")):
-            part.load_state_dict(state[name])
+        try:
+            for part, name in ((model, "model"), (optimizer, "optimizer"), (scheduler, "scheduler")):
+                part.load_state_dict(state[name])
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{out / 'train_state.pt'}: does not fit its model ({reason}); train anew") from error
         log = state["log"]
+        write(out / "log.jsonl", log_lines(log))  # a kill may have come between the state and the log
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -385,7 +390,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         state = {"args": vars(args), "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                  "scheduler": scheduler.state_dict()}  # fmt: skip
         write(out / "train_state.pt", lambda path, state=state: torch.save(state, path))
-        write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+        write(out / "log.jsonl", log_lines(log))
 
     # The best epoch, on dev once more and on test for the first time.
     model = sdser.MultiExitSER.from_pretrained(out).to(args.device)
@@ -412,6 +417,10 @@ def report(results: dict, log: list[dict], out: Path) -> None:
     print(f"next: python evaluate.py {out}")
 
 
+def log_lines(log: list[dict]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in log)
+
+
 def split_csv(clips: list[sdser.Clip]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -434,16 +443,30 @@ def load_state(out: Path) -> dict:
         raise FileNotFoundError(f"{path}: no such file, so there is no run to resume; leave --resume out")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := PRESETS.keys() - state["args"].keys():
+            raise ValueError(f"it does not say {min(missing)}")
         return {name: state[name] for name in ("args", "log", "model", "optimizer", "scheduler")}
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: cannot be read ({reason}); train anew without --resume") from error
 
 
+def interrupted(out: Path, since: float) -> str:
+    """What to say on Ctrl-C, from what is on the disk: it may have come while an epoch was being saved."""
+    state = out / "train_state.pt"
+    if not state.is_file() or state.stat().st_mtime < since:  # older than this run
+        return "interrupted: no epoch was finished, so there is nothing to resume yet"
+    return f"interrupted: python train.py --resume --out {out} goes on after epoch {len(load_state(out)['log'])}"
+
+
 def main(argv=None) -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    args, start = parse_args(argv), time.time()
     try:
-        run(*complete_args(parse_args(argv)))
+        run(*complete_args(args))
+    except KeyboardInterrupt:
+        print(interrupted(Path(args.out), 0 if args.resume else start), file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -101,9 +101,13 @@ def test_resume_ends_where_an_unbroken_run_does(corpus, tmp_path, monkeypatch, c
             raise KeyboardInterrupt
         return epoch(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(train, "train_epoch", killed)
         fit(corpus, tmp_path / "cut", "--epochs", 3, "--seconds", 0.4)
+    assert end.value.code == 130
+    assert capsys.readouterr().err.endswith(
+        f"interrupted: python train.py --resume --out {tmp_path / 'cut'} goes on after epoch 2\n"
+    )
     assert not (tmp_path / "cut" / "results.json").exists()
     train.main(["--resume", "--out", str(tmp_path / "cut")])
     for file in ("model.safetensors", "split.csv"):
@@ -131,15 +135,16 @@ def test_a_run_that_fails_early_leaves_the_earlier_one_whole(corpus, tmp_path, c
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_new_run_replaces_all_of_an_earlier_one(corpus, tmp_path, monkeypatch):
+def test_a_new_run_replaces_all_of_an_earlier_one(corpus, tmp_path, monkeypatch, capsys):
     fit(corpus, tmp_path, "--epochs", 3)
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(sdser.MultiExitSER, "save_pretrained", killed)
         fit(corpus, tmp_path, "--fold", "2/3")
+    assert "no epoch was finished, so there is nothing to resume" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} <= {"split.csv", "README.md"}
 
 
