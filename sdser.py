@@ -59,12 +59,15 @@ MAX_SECONDS = 60  # attention memory grows with the square of the length
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_audio(path, max_seconds: float | None = None) -> Tensor:
-    """Reads a file as a mono waveform at 16 kHz.
+def load_audio(
+    path, max_seconds: float | None = None, part_seconds: float | None = None, position: float = 0.0
+) -> Tensor:
+    """Reads a file, or a part of it, as a mono waveform at 16 kHz.
 
     Args:
         path: anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), any rate, any number of channels.
         max_seconds: refuse longer files before decoding them.
+        part_seconds: of a longer file, read this much alone, from `position`: 0 the file's start, 1 its end.
     Returns:
         (T,) float32, nominally in [-1, 1].
     Raises:
@@ -72,12 +75,14 @@ def load_audio(path, max_seconds: float | None = None) -> Tensor:
         ValueError: not audio, cut short, empty, too short or too long, or with NaN or infinite samples.
     """
     with open_audio(path, max_seconds) as file:
+        frames = min(file.frames, round(part_seconds * file.samplerate)) if part_seconds else file.frames
         try:
-            samples = file.read(dtype="float32", always_2d=True)  # (T, channels)
+            file.seek(round(position * (file.frames - frames)))
+            samples = file.read(frames, dtype="float32", always_2d=True)  # (T, channels)
         except soundfile.LibsndfileError as error:
             raise ValueError(f"{path}: damaged or cut short ({error.error_string}); replace the file") from error
-        if len(samples) < file.frames:
-            raise ValueError(f"{path}: cut short, {len(samples)} of {file.frames} samples are there; replace the file")
+        if len(samples) < frames:
+            raise ValueError(f"{path}: cut short, {len(samples)} of {frames} samples are there; replace the file")
         rate = file.samplerate
     waveform = torch.from_numpy(samples.mean(axis=1))  # (T,)
     if rate != SAMPLE_RATE:
@@ -770,27 +775,46 @@ def pad(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
     return nn.utils.rnn.pad_sequence(waveforms, batch_first=True), lengths
 
 
-def file_batches(paths, seconds, tile_seconds=None, batch_size=16, workers=0, skip_bad=False):
-    """Reads files in batches of similar length, never more than a few at a time, with a progress bar.
+def progress(steps, title: str, **options) -> tqdm:
+    """A bar on a terminal; of several processes (torchrun counts them in RANK) the first one's alone."""
+    return tqdm(steps, title, leave=False, disable=True if int(os.environ.get("RANK", 0)) else None, **options)
+
+
+def read_batches(files, batches: list[list[int]], workers: int = 0, skip_bad: bool = False):
+    """Reads a dataset's items in batches, never more than a few at a time.
+
+    Args:
+        files: a Dataset whose item is what is wrong, a string, where a file cannot be read.
+        workers: processes that load audio; 0: none beside this one.
+        skip_bad: warn of a file that cannot be read, instead of raising ValueError.
+    Yields:
+        for each batch, (index, item) of what could be read.
+    """
+    loader = torch.utils.data.DataLoader(
+        files, batch_sampler=batches, collate_fn=list, num_workers=workers, generator=torch.Generator()
+    )
+    for batch, items in zip(batches, loader):
+        for problem in [item for item in items if isinstance(item, str)]:
+            if not skip_bad:
+                raise ValueError(problem)
+            warnings.warn(f"left out: {problem}", stacklevel=3)
+        yield [(i, item) for i, item in zip(batch, items) if not isinstance(item, str)]
+
+
+def file_batches(paths, seconds, tile_seconds=None, batch_size=16, **reading):
+    """Reads files in batches of similar length, with a progress bar.
 
     Args:
         paths, seconds: the files and their lengths, from `audio_seconds`.
         tile_seconds: of the model, see `MultiExitSER`.
-        workers: processes that load audio; 0: none beside this one.
-        skip_bad: warn of a file that cannot be read, instead of raising ValueError.
+        reading: workers and skip_bad, see `read_batches`.
     Yields:
         indices into paths, waveforms (B, T), lengths (B,).
     """
     order = np.argsort(seconds, kind="stable").tolist()
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     files = AudioFiles(paths, tile_seconds)
-    loader = torch.utils.data.DataLoader(files, batch_sampler=batches, collate_fn=list, num_workers=workers)
-    for batch, items in zip(batches, tqdm(loader, "evaluating", leave=False, disable=None)):
-        for problem in [item for item in items if isinstance(item, str)]:
-            if not skip_bad:
-                raise ValueError(problem)
-            warnings.warn(f"left out: {problem}", stacklevel=2)
-        readable = [(i, item) for i, item in zip(batch, items) if not isinstance(item, str)]
+    for readable in progress(read_batches(files, batches, **reading), "evaluating", total=len(batches)):
         if readable:
             indices, waveforms = zip(*readable)
             yield list(indices), *pad(waveforms)

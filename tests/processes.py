@@ -3,7 +3,10 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -58,3 +61,54 @@ def fit_until(flags, log, calls: int) -> None:
     for name in ("replace", "unlink", "rmdir"):
         setattr(os, name, deadly(getattr(os, name)))
     fit(flags, log)
+
+
+def fit_rank(rank: int, world: int, port: int, flags, log, before=None) -> None:
+    """`fit` as one of several processes, as torchrun would start it; `before(rank)` runs first."""
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=str(port))  # fmt: skip
+    train.RANK, train.LOCAL_RANK, train.WORLD = rank, rank, world
+    if before:
+        before(rank)
+    fit(flags, log)
+
+
+def fit_plainly(flags, log) -> None:
+    step_plainly(0)
+    fit(flags, log)
+
+
+def step_plainly(rank) -> None:
+    """AdamW would turn the rounding of a gradient that should be zero into steps of full size."""
+    torch.optim.AdamW = lambda groups, weight_decay: torch.optim.SGD(groups)
+
+
+def tell_seeds(rank) -> None:
+    train_epoch = train.train_epoch
+
+    def telling(*args):
+        print(f"seed {torch.initial_seed()}", file=sys.stderr)
+        return train_epoch(*args)
+
+    train.train_epoch = telling
+
+
+def die_in_the_second_step(rank) -> None:
+    in_the_second_step(rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def hang_in_the_second_step(rank) -> None:
+    train.TIMEOUT = timedelta(seconds=4)
+    in_the_second_step(rank, lambda: time.sleep(600))
+
+
+def in_the_second_step(rank, happens) -> None:
+    clip, steps = torch.nn.utils.clip_grad_norm_, []
+
+    def clip_grad_norm_(*args):
+        steps.append(rank)
+        if steps == [1, 1]:
+            happens()
+        return clip(*args)
+
+    torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
