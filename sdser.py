@@ -26,6 +26,7 @@ import hashlib
 import http.client
 import inspect
 import json
+import math
 import os
 import random
 import re
@@ -36,6 +37,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +48,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.masking_utils import create_bidirectional_mask
@@ -79,8 +82,8 @@ def load_audio(
         try:
             file.seek(round(position * (file.frames - frames)))
             samples = file.read(frames, dtype="float32", always_2d=True)  # (T, channels)
-        except soundfile.LibsndfileError as error:
-            raise ValueError(f"{path}: damaged or cut short ({error.error_string}); replace the file") from error
+        except (soundfile.LibsndfileError, MemoryError) as error:  # MemoryError: no file is as long as this one says
+            raise ValueError(f"{path}: damaged or cut short ({error}); replace the file") from error
         if len(samples) < frames:
             raise ValueError(f"{path}: cut short, {len(samples)} of {frames} samples are there; replace the file")
         rate = file.samplerate
@@ -100,9 +103,6 @@ def audio_seconds(path, max_seconds: float | None = None) -> float:
     Arguments and errors are those of `load_audio`, but for samples that are NaN or infinite.
     """
     with open_audio(path, max_seconds) as file:
-        seconds = file.frames / file.samplerate
-        if seconds * SAMPLE_RATE < 400:
-            raise ValueError(f"{path}: {seconds:.3f} s is shorter than one frame (25 ms)")
         try:
             file.seek(file.frames - 1)
             whole = len(file.read(1)) == 1
@@ -110,7 +110,7 @@ def audio_seconds(path, max_seconds: float | None = None) -> float:
             whole = False
         if not whole:
             raise ValueError(f"{path}: damaged or cut short; replace the file")
-    return seconds
+        return file.frames / file.samplerate
 
 
 def open_audio(path, max_seconds: float | None = None) -> soundfile.SoundFile:
@@ -130,6 +130,11 @@ def open_audio(path, max_seconds: float | None = None) -> soundfile.SoundFile:
     seconds, problem = file.frames / file.samplerate, None
     if cut and int(cut[2]) < int(cut[1]) < 0x7FFFF000:
         problem = f"cut short, {cut[2]} of {cut[1]} bytes of audio are there; replace the file"
+    elif not 1000 <= file.samplerate <= 1_000_000:  # resampling from what no device records takes gigabytes
+        problem = f"a sample rate of {file.samplerate} Hz cannot be right; give one from 1 kHz to 1 MHz"
+    elif seconds * SAMPLE_RATE < 400:
+        samples = math.ceil(seconds * SAMPLE_RATE)
+        problem = f"{samples} samples at 16 kHz are shorter than one frame (400 samples, 25 ms)"
     elif max_seconds and seconds > max_seconds:
         problem = f"{seconds:.1f} s is longer than the limit of {max_seconds} s; cut it into parts"
     if problem:
@@ -358,6 +363,8 @@ class MultiExitSER(
     ):
         super().__init__()
         config = backbone_config(backbone)
+        if config.num_hidden_layers > 1000:
+            raise ValueError(f"a backbone of {config.num_hidden_layers} layers cannot be right; 1000 are built at most")
         exits = default_exits(backbone, config.num_hidden_layers) if exits is None else [int(k) for k in exits]
         if not exits or any(a >= b for a, b in zip([0, *exits], exits)) or exits[-1] > config.num_hidden_layers:
             layers = config.num_hidden_layers
@@ -629,13 +636,23 @@ class MultiExitSER(
         elif not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
             raise FileNotFoundError(f"{checkpoint}: no such folder; give one written by train.py, or a Hub name")
         try:
-            with contextlib.redirect_stdout(None):  # the mixin prints; standard output is the user's
+            # The mixin prints, but standard output is the user's. On "meta" a config that the weights do not fit, which
+            # may ask for terabytes, costs nothing.
+            with contextlib.redirect_stdout(None), torch.device("meta"):
                 return super().from_pretrained(checkpoint, **({"strict": True} | kwargs))
         except Exception as error:
             reason = str(error).strip().partition("\n")[0].rstrip(".:")
             if not os.path.isdir(checkpoint):
                 raise FileNotFoundError(f"{checkpoint}: no folder, nor a Hub model in reach ({reason})") from error
             raise ValueError(f"{checkpoint}: not a whole sdser checkpoint ({reason}); train or copy it anew") from error
+
+    @classmethod
+    def _load_as_safetensor(cls, model, model_file, map_location, strict):
+        with torch.device("cpu"):
+            weights = load_file(model_file, device=map_location)  # copied, since sums round by how memory is aligned
+            weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
+        model.load_state_dict(weights, strict=strict, assign=True)
+        return model.eval()
 
     @classmethod
     def _load_as_pickle(cls, model, model_file, map_location, strict):  # the mixin's way out where safetensors lack
@@ -1021,7 +1038,7 @@ def read_manifest(manifest: str) -> list[Clip]:
                 if odd := [number for number, row in rows if None in row]:
                     raise ValueError(f"line {odd[0]}: more fields than the first line names")
                 header = reader.fieldnames or []
-        except (ValueError, csv.Error) as error:
+        except (ValueError, RecursionError, csv.Error) as error:
             raise ValueError(f"{manifest}: not readable as a manifest ({error})") from error
     if not rows:
         raise ValueError(f"{manifest}: lists no clips")
@@ -1189,7 +1206,7 @@ def unpack(archive: str, folder: str, name: str) -> None:
             if sum(member.file_size for member in file.infolist()) > MAX_UNPACKED:
                 raise ValueError(f"{name}: the archive would unpack to more than {MAX_UNPACKED >> 30} GiB")
             file.extractall(folder)
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{name}: not a whole zip archive ({error}); try again") from error
 
 
