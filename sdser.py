@@ -649,7 +649,8 @@ class MultiExitSER(
     @classmethod
     def _load_as_safetensor(cls, model, model_file, map_location, strict):
         with torch.device("cpu"):
-            weights = load_file(model_file, device=map_location)  # copied, since sums round by how memory is aligned
+            weights = load_file(model_file, device=map_location)
+            # copied, since the file's alignment in memory would change how sums are rounded
             weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
         model.load_state_dict(weights, strict=strict, assign=True)
         return model.eval()

@@ -253,17 +253,11 @@ def wait() -> None:
 def score_exits(model: sdser.MultiExitSER, clips: list[sdser.Clip], seconds: list[float], args) -> dict:
     """{"exits": [{"exit", "uar", "accuracy", "macro_f1"}, ...], "fusion": {...}} over the clips."""
     paths, share = [clip.path for clip in clips], slice(RANK, None, WORLD)
+    reading = dict(batch_size=args.batch_size, workers=args.workers, skip_bad=args.skip_bad)
     logits = torch.zeros(len(model.exits), len(clips), len(model.labels))
     readable = torch.zeros(len(clips), dtype=torch.int64)
     with autocast(args):
-        logits[:, share], readable[share] = sdser.predict(
-            model,
-            paths[share],
-            seconds[share],
-            batch_size=args.batch_size,
-            workers=args.workers,
-            skip_bad=args.skip_bad,
-        )
+        logits[:, share], readable[share] = sdser.predict(model, paths[share], seconds[share], **reading)
     logits, readable = summed(logits), summed(readable).bool()
     if not logits.isfinite().all():
         raise ValueError(f"the model's answers to the {clips[0].split} split are not finite; try a smaller --lr")
