@@ -38,6 +38,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +49,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import PyTorchModelHubMixin
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.masking_utils import create_bidirectional_mask
@@ -61,12 +63,15 @@ MAX_SECONDS = 60  # attention memory grows with the square of the length
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def load_audio(path, max_seconds: float | None = None) -> Tensor:
-    """Reads a file as a mono waveform at 16 kHz.
+def load_audio(
+    path, max_seconds: float | None = None, part_seconds: float | None = None, position: float = 0.0
+) -> Tensor:
+    """Reads a file, or a part of it, as a mono waveform at 16 kHz.
 
     Args:
         path: anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), any rate, any number of channels.
         max_seconds: refuse longer files before decoding them.
+        part_seconds: of a longer file, read this much alone, from `position`: 0 the file's start, 1 its end.
     Returns:
         (T,) float32, nominally in [-1, 1].
     Raises:
@@ -74,12 +79,14 @@ def load_audio(path, max_seconds: float | None = None) -> Tensor:
         ValueError: not audio, cut short, empty, too short or too long, or with NaN or infinite samples.
     """
     with open_audio(path, max_seconds) as file:
+        frames = min(file.frames, round(part_seconds * file.samplerate)) if part_seconds else file.frames
         try:
-            samples = file.read(dtype="float32", always_2d=True)  # (T, channels)
-        except soundfile.LibsndfileError as error:
-            raise ValueError(f"{path}: damaged or cut short ({error.error_string}); replace the file") from error
-        if len(samples) < file.frames:
-            raise ValueError(f"{path}: cut short, {len(samples)} of {file.frames} samples are there; replace the file")
+            file.seek(round(position * (file.frames - frames)))
+            samples = file.read(frames, dtype="float32", always_2d=True)  # (T, channels)
+        except (soundfile.LibsndfileError, MemoryError) as error:  # MemoryError: no file is as long as this one says
+            raise ValueError(f"{path}: damaged or cut short ({error}); replace the file") from error
+        if len(samples) < frames:
+            raise ValueError(f"{path}: cut short, {len(samples)} of {frames} samples are there; replace the file")
         rate = file.samplerate
     waveform = torch.from_numpy(samples.mean(axis=1))  # (T,)
     if rate != SAMPLE_RATE:
@@ -97,9 +104,6 @@ def audio_seconds(path, max_seconds: float | None = None) -> float:
     Arguments and errors are those of `load_audio`, but for samples that are NaN or infinite.
     """
     with open_audio(path, max_seconds) as file:
-        seconds = file.frames / file.samplerate
-        if seconds * SAMPLE_RATE < 400:
-            raise ValueError(f"{path}: {seconds:.3f} s is shorter than one frame (25 ms)")
         try:
             file.seek(file.frames - 1)
             whole = len(file.read(1)) == 1
@@ -107,7 +111,7 @@ def audio_seconds(path, max_seconds: float | None = None) -> float:
             whole = False
         if not whole:
             raise ValueError(f"{path}: damaged or cut short; replace the file")
-    return seconds
+        return file.frames / file.samplerate
 
 
 def open_audio(path, max_seconds: float | None = None) -> soundfile.SoundFile:
@@ -127,6 +131,11 @@ def open_audio(path, max_seconds: float | None = None) -> soundfile.SoundFile:
     seconds, problem = file.frames / file.samplerate, None
     if cut and int(cut[2]) < int(cut[1]) < 0x7FFFF000:
         problem = f"cut short, {cut[2]} of {cut[1]} bytes of audio are there; replace the file"
+    elif not 1000 <= file.samplerate <= 1_000_000:  # resampling from what no device records takes gigabytes
+        problem = f"a sample rate of {file.samplerate} Hz cannot be right; give one from 1 kHz to 1 MHz"
+    elif seconds * SAMPLE_RATE < 400:
+        samples = math.ceil(seconds * SAMPLE_RATE)
+        problem = f"{samples} samples at 16 kHz are shorter than one frame (400 samples, 25 ms)"
     elif max_seconds and seconds > max_seconds:
         problem = f"{seconds:.1f} s is longer than the limit of {max_seconds} s; cut it into parts"
     if problem:
@@ -357,6 +366,8 @@ class MultiExitSER(
     ):
         super().__init__()
         config = backbone_config(backbone)
+        if config.num_hidden_layers > 1000:
+            raise ValueError(f"a backbone of {config.num_hidden_layers} layers cannot be right; 1000 are built at most")
         exits = default_exits(backbone, config.num_hidden_layers) if exits is None else [int(k) for k in exits]
         if not exits or any(a >= b for a, b in zip([0, *exits], exits)) or exits[-1] > config.num_hidden_layers:
             layers = config.num_hidden_layers
@@ -633,13 +644,24 @@ class MultiExitSER(
         elif not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
             raise FileNotFoundError(f"{checkpoint}: no such folder; give one written by train.py, or a Hub name")
         try:
-            with contextlib.redirect_stdout(None):  # the mixin prints; standard output is the user's
+            # The mixin prints, but standard output is the user's. On "meta" a config that the weights do not fit, which
+            # may ask for terabytes, costs nothing.
+            with contextlib.redirect_stdout(None), torch.device("meta"):
                 return super().from_pretrained(checkpoint, **({"strict": True} | kwargs))
         except Exception as error:
             reason = str(error).strip().partition("\n")[0].rstrip(".:")
             if not os.path.isdir(checkpoint):
                 raise FileNotFoundError(f"{checkpoint}: no folder, nor a Hub model in reach ({reason})") from error
             raise ValueError(f"{checkpoint}: not a whole sdser checkpoint ({reason}); train or copy it anew") from error
+
+    @classmethod
+    def _load_as_safetensor(cls, model, model_file, map_location, strict):
+        with torch.device("cpu"):
+            weights = load_file(model_file, device=map_location)
+            # copied, since the file's alignment in memory would change how sums are rounded
+            weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
+        model.load_state_dict(weights, strict=strict, assign=True)
+        return model.eval()
 
     @classmethod
     def _load_as_pickle(cls, model, model_file, map_location, strict):  # the mixin's way out where safetensors lack
@@ -1032,27 +1054,46 @@ def pad(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
     return F.pad(batch, (0, -batch.shape[1] % 4000 if lengths.unique().numel() > 1 else 0)), lengths
 
 
-def file_batches(paths, seconds, tile_seconds=None, batch_size=16, workers=0, skip_bad=False):
-    """Reads files in batches of similar length, never more than a few at a time, with a progress bar.
+def progress(steps, title: str, **options) -> tqdm:
+    """A bar on a terminal; of several processes (torchrun counts them in RANK) the first one's alone."""
+    return tqdm(steps, title, leave=False, disable=True if int(os.environ.get("RANK", 0)) else None, **options)
+
+
+def read_batches(files, batches: list[list[int]], workers: int = 0, skip_bad: bool = False):
+    """Reads a dataset's items in batches, never more than a few at a time.
+
+    Args:
+        files: a Dataset whose item is what is wrong, a string, where a file cannot be read.
+        workers: processes that load audio; 0: none beside this one.
+        skip_bad: warn of a file that cannot be read, instead of raising ValueError.
+    Yields:
+        for each batch, (index, item) of what could be read.
+    """
+    loader = torch.utils.data.DataLoader(
+        files, batch_sampler=batches, collate_fn=list, num_workers=workers, generator=torch.Generator()
+    )
+    for batch, items in zip(batches, loader):
+        for problem in [item for item in items if isinstance(item, str)]:
+            if not skip_bad:
+                raise ValueError(problem)
+            warnings.warn(f"left out: {problem}", stacklevel=3)
+        yield [(i, item) for i, item in zip(batch, items) if not isinstance(item, str)]
+
+
+def file_batches(paths, seconds, tile_seconds=None, batch_size=16, **reading):
+    """Reads files in batches of similar length, with a progress bar.
 
     Args:
         paths, seconds: the files and their lengths, from `audio_seconds`.
         tile_seconds: of the model, see `MultiExitSER`.
-        workers: processes that load audio; 0: none beside this one.
-        skip_bad: warn of a file that cannot be read, instead of raising ValueError.
+        reading: workers and skip_bad, see `read_batches`.
     Yields:
         indices into paths, waveforms (B, T), lengths (B,).
     """
     order = np.argsort(seconds, kind="stable").tolist()
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     files = AudioFiles(paths, tile_seconds)
-    loader = torch.utils.data.DataLoader(files, batch_sampler=batches, collate_fn=list, num_workers=workers)
-    for batch, items in zip(batches, tqdm(loader, "evaluating", leave=False, disable=None)):
-        for problem in [item for item in items if isinstance(item, str)]:
-            if not skip_bad:
-                raise ValueError(problem)
-            warnings.warn(f"left out: {problem}", stacklevel=2)
-        readable = [(i, item) for i, item in zip(batch, items) if not isinstance(item, str)]
+    for readable in progress(read_batches(files, batches, **reading), "evaluating", total=len(batches)):
         if readable:
             indices, waveforms = zip(*readable)
             yield list(indices), *pad(waveforms)
@@ -1259,7 +1300,7 @@ def read_manifest(manifest: str) -> list[Clip]:
                 if odd := [number for number, row in rows if None in row]:
                     raise ValueError(f"line {odd[0]}: more fields than the first line names")
                 header = reader.fieldnames or []
-        except (ValueError, csv.Error) as error:
+        except (ValueError, RecursionError, csv.Error) as error:
             raise ValueError(f"{manifest}: not readable as a manifest ({error})") from error
     if not rows:
         raise ValueError(f"{manifest}: lists no clips")
@@ -1427,7 +1468,7 @@ def unpack(archive: str, folder: str, name: str) -> None:
             if sum(member.file_size for member in file.infolist()) > MAX_UNPACKED:
                 raise ValueError(f"{name}: the archive would unpack to more than {MAX_UNPACKED >> 30} GiB")
             file.extractall(folder)
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise ValueError(f"{name}: not a whole zip archive ({error}); try again") from error
 
 

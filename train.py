@@ -3,6 +3,7 @@
     python train.py                                              # a toy on synthetic speech, minutes on a CPU
     python train.py --data path/to/EMO-DB --backbone small       # real speech, from scratch
     python train.py --data path/to/RAVDESS --backbone facebook/wav2vec2-base
+    torchrun --nproc_per_node=2 train.py                         # data-parallel, each process on its share of a batch
 
 Read top to bottom: the presets, the flags, the data, one evaluation, the training loop, the report.
 """
@@ -19,15 +20,21 @@ import time
 import warnings
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
 
 import sdser
+
+# What torchrun tells each process: which one it is, on its machine and of all. Alone, a process is 0 of 1.
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+TIMEOUT = timedelta(seconds=120)  # a process that hears nothing of another for so long gives up
 
 # The recipes, side by side; a flag given on the command line wins. toy: from scratch on a CPU in minutes. paper: the
 # paper's recipe. fast: the same method for pre-trained backbones, several times as fast; the one we recommend.
@@ -154,12 +161,14 @@ def keep_readable(clips: list[sdser.Clip], skip_bad: bool) -> tuple[list[sdser.C
         except (OSError, ValueError) as error:
             return str(error)
 
+    found = []
     with ThreadPoolExecutor(8) as pool:  # waits for disks, not for this processor
-        found = list(tqdm(pool.map(measure, clips), "looking at files", len(clips), leave=False, disable=None, delay=2))
+        for i in sdser.progress(range(0, len(clips), 1000), "looking at files", unit=" thousand", delay=2):
+            found += pool.map(measure, clips[i : i + 1000])
     bad = [problem for problem in found if isinstance(problem, str)]
     if bad and not skip_bad:
         raise ValueError(f"{bad[0]} ({len(bad)} of {len(clips)} clips are bad; --skip-bad leaves them out)")
-    for problem in bad:
+    for problem in bad if RANK == 0 else ():
         warnings.warn(f"left out: {problem}", stacklevel=2)
     good = [(clip, seconds) for clip, seconds in zip(clips, found) if not isinstance(seconds, str)]
     return [clip for clip, _ in good], [seconds for _, seconds in good]
@@ -183,24 +192,21 @@ class TrainingClips(Dataset):
 
     def __init__(self, clips, labels, args):
         self.clips, self.labels, self.seed, self.epoch = clips, labels, args.seed, 0
-        self.tile, self.samples = args.window == "tile", round(args.seconds * sdser.SAMPLE_RATE)
+        self.tile, self.seconds = args.window == "tile", args.seconds
+        self.hint = "" if args.skip_bad else " (--skip-bad leaves such clips out)"
 
     def __len__(self):
         return len(self.clips)
 
     def __getitem__(self, i):
-        clip = self.clips[i]
+        clip, samples = self.clips[i], round(self.seconds * sdser.SAMPLE_RATE)
+        # seeded by clip and epoch, so that neither workers nor processes nor a resumed run change the crop
+        position = 0.0 if self.tile else random.Random(f"{self.seed} {self.epoch} {i}").random()
         try:
-            waveform = sdser.load_audio(clip.path)
+            waveform = sdser.load_audio(clip.path, part_seconds=self.seconds, position=position)[:samples]
         except (OSError, ValueError) as error:
-            return str(error)
-        if self.tile:
-            waveform = sdser.tile(waveform, self.samples)
-        elif len(waveform) > self.samples:
-            # seeded by clip and epoch, so that neither workers nor a resumed run change the crop
-            start = random.Random(f"{self.seed} {self.epoch} {i}").randrange(len(waveform) - self.samples + 1)
-            waveform = waveform[start : start + self.samples]
-        return waveform, self.labels.index(clip.label)
+            return f"{error}{self.hint}"
+        return sdser.tile(waveform, samples) if self.tile else waveform, self.labels.index(clip.label)
 
 
 def make_batches(seconds: list[float], size: int, rng: np.random.Generator) -> list[list[int]]:
@@ -214,18 +220,31 @@ def make_batches(seconds: list[float], size: int, rng: np.random.Generator) -> l
 
 
 def load_batches(dataset, batches, args):
-    """Yields waveforms (B, T), lengths (B,), targets (B,); an unreadable clip is left out or stops the run."""
-    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=args.workers,
-                        generator=torch.Generator())  # fmt: skip
-    for items in loader:
-        for problem in [item for item in items if isinstance(item, str)]:
-            if not args.skip_bad:
-                raise ValueError(f"{problem} (--skip-bad leaves such clips out)")
-            warnings.warn(f"left out: {problem}", stacklevel=2)
-        pairs = [item for item in items if not isinstance(item, str)]
-        if pairs:
-            waveforms, targets = zip(*pairs)
-            yield *sdser.pad(waveforms), torch.tensor(targets)
+    """Yields this process's share of each batch: indices, waveforms (B, T), lengths (B,), targets (B,).
+
+    A share without a readable clip is one frame of silence under no index, so that the process takes part in the step.
+    """
+    shares = [batch[RANK::WORLD] for batch in batches]
+    for readable in sdser.read_batches(dataset, shares, args.workers, args.skip_bad):
+        indices, items = zip(*readable) if readable else ((), [(torch.zeros(400), 0)])
+        waveforms, targets = zip(*items)
+        yield list(indices), *sdser.pad(waveforms), torch.tensor(targets)
+
+
+# -- several processes ------------------------------------------------------------------------------------------------
+
+
+def summed(values: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def wait() -> None:
+    """Until all processes are here, however long one of them downloads, or looks at files."""
+    if dist.is_initialized():
+        dist.monitored_barrier(timeout=timedelta(days=1))
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------
@@ -233,18 +252,24 @@ def load_batches(dataset, batches, args):
 
 def score_exits(model: sdser.MultiExitSER, clips: list[sdser.Clip], seconds: list[float], args) -> dict:
     """{"exits": [{"exit", "uar", "accuracy", "macro_f1"}, ...], "fusion": {...}} over the clips."""
-    paths = [clip.path for clip in clips]
+    paths, share = [clip.path for clip in clips], slice(RANK, None, WORLD)
+    reading = dict(batch_size=args.batch_size, workers=args.workers, skip_bad=args.skip_bad)
+    logits = torch.zeros(len(model.exits), len(clips), len(model.labels))
+    readable = torch.zeros(len(clips), dtype=torch.int64)
     with autocast(args):
-        logits, readable = sdser.predict(
-            model, paths, seconds, batch_size=args.batch_size, workers=args.workers, skip_bad=args.skip_bad
-        )
+        logits[:, share], readable[share] = sdser.predict(model, paths[share], seconds[share], **reading)
+    logits, readable = summed(logits), summed(readable).bool()
+    if not logits.isfinite().all():
+        raise ValueError(f"the model's answers to the {clips[0].split} split are not finite; try a smaller --lr")
+    left_out = [path for path, read in zip(paths, readable) if not read]
     targets = torch.tensor([model.labels.index(clip.label) for clip in clips])[readable]  # (N,)
     if len(targets.unique()) < len(model.labels):
         raise ValueError(f"the {clips[0].split} split is left without a readable clip of some label; mend its files")
     logits = logits[:, readable]  # (exits, N, C)
     predictions = [*logits.argmax(-1), sdser.fuse(logits).argmax(-1)]
     *exits, fusion = (sdser.scores(targets, row, len(model.labels)) for row in predictions)
-    return {"exits": [{"exit": exit} | row for exit, row in zip(model.exits, exits)], "fusion": fusion}
+    rows = {"exits": [{"exit": exit} | row for exit, row in zip(model.exits, exits)], "fusion": fusion}
+    return rows | ({"left_out": left_out} if left_out else {})
 
 
 def autocast(args):
@@ -273,15 +298,18 @@ def make_optimizer(model: sdser.MultiExitSER, args, steps: int):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def train_epoch(model, batches, dataset, optimizer, scheduler, args, title: str) -> dict[str, float]:
-    """One pass over the training clips; returns the mean loss and its parts."""
+def train_epoch(model, batches, dataset, optimizer, scheduler, args, title: str) -> tuple[dict[str, float], list[str]]:
+    """One pass over the training clips; returns the mean loss and its parts, and the paths of clips left out."""
     model.train()
-    sums, clips = defaultdict(float), 0
+    sums, read = defaultdict(float), torch.zeros(len(dataset), dtype=torch.int64)
     loader = load_batches(dataset, batches, args)
-    bar = tqdm(total=len(batches), desc=title, unit="batch", leave=False, disable=None)
+    bar = sdser.progress(None, title, total=len(batches), unit="batch")
     while step := list(islice(loader, args.accumulate)):
-        step_clips = sum(len(targets) for _, _, targets in step)
-        for waveforms, lengths, targets in step:
+        step_clips = summed(torch.tensor(sum(len(indices) for indices, *_ in step))).item()
+        if not step_clips:
+            continue  # none could be read
+        for i, (indices, waveforms, lengths, targets) in enumerate(step, 1):
+            model.require_backward_grad_sync = i == len(step)  # processes exchange gradients once a step
             with autocast(args):
                 outputs = model(waveforms.to(args.device), lengths.to(args.device))
             loss, parts = sdser.self_distillation_loss(
@@ -292,23 +320,32 @@ def train_epoch(model, batches, dataset, optimizer, scheduler, args, title: str)
                 args.temperature,
                 args.detach_teacher,
             )
-            if not math.isfinite(loss.item()):
-                raise ValueError(f"the loss became {loss.item()}; try a smaller --lr, or --dtype float32")
-            (loss * len(targets) / step_clips).backward()  # so that the step's gradient is that of one large batch
+            refuse_non_finite("loss", loss, indices, dataset)
+            # So that the step's gradient is that of one large batch; averaged over processes, hence times WORLD.
+            (loss * len(indices) / step_clips * WORLD).backward()
             for name, value in {"loss": loss.item(), **parts}.items():
-                sums[name] += value * len(targets)
-            clips += len(targets)
-        if args.max_norm:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm)
+                sums[name] += value * len(indices)
+            read[indices] = 1
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm or math.inf)
+        refuse_non_finite("gradient", norm, [i for indices, *_ in step for i in indices], dataset)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
         bar.update(len(step))
-        bar.set_postfix(loss=f"{sums['loss'] / clips:.3f}")
+        bar.set_postfix(loss=f"{sums['loss'] / max(1, read.sum().item()):.3f}")
     bar.close()
+    clips, means = summed(read).sum().item(), summed(torch.tensor(list(sums.values()), dtype=torch.float64))
     if not clips:
         raise ValueError("no training clip could be read")
-    return {name: value / clips for name, value in sums.items()}
+    left_out = [clip.path for clip, times in zip(dataset.clips, read.tolist()) if not times]
+    return {name: value / clips for name, value in zip(sums, means.tolist())}, left_out
+
+
+def refuse_non_finite(what: str, value: torch.Tensor, indices: list[int], dataset) -> None:
+    if not value.isfinite():
+        paths = [dataset.clips[i].path for i in indices]
+        names = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+        raise ValueError(f"the {what} became {value.item()} on {names}; try a smaller --lr, or --dtype float32")
 
 
 def run(args: argparse.Namespace, state: dict | None) -> None:
@@ -316,13 +353,26 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     start, out = time.time(), Path(args.out)
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if args.device == "cuda":
+            torch.cuda.set_device(LOCAL_RANK)
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:  # what torch raises for unknown and for absent devices
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {args.device}: cannot be used here ({reason}); leave the flag out") from error
 
+    if args.batch_size < WORLD:
+        raise ValueError(f"--batch-size {args.batch_size}: give at least one clip for each of {WORLD} processes")
+
     # Data: split by speaker, unreadable clips found before they cost anything.
-    clips, seconds = keep_readable(sdser.split_clips(sdser.load_corpus(args.data), args.fold), args.skip_bad)
+    if LOCAL_RANK:
+        wait()  # the first process of each machine downloads, or makes, the corpus
+    listed = sdser.load_corpus(args.data)
+    if not LOCAL_RANK:
+        wait()
+    listed = sdser.split_clips(listed, args.fold)
+    clips, seconds = keep_readable(listed, args.skip_bad)
+    left_out = sorted({clip.path for clip in listed} - {clip.path for clip in clips})
+    wait()
     sdser.check_splits(clips)
     labels = sorted({clip.label for clip in clips})
     seconds_of = dict(zip(clips, seconds))
@@ -349,9 +399,15 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     if state:
         if (out / "split.csv").read_text(encoding="utf-8") != split_csv(clips):
             raise ValueError(f"{args.data}: its clips or splits are no longer those of the run in {out}; train anew")
-        for part, name in ((model, "model"), (optimizer, "optimizer"), (scheduler, "scheduler")):
-            part.load_state_dict(state[name])
+        try:
+            for part, name in ((model, "model"), (optimizer, "optimizer"), (scheduler, "scheduler")):
+                part.load_state_dict(state[name])
+        except Exception as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{out / 'train_state.pt'}: does not fit its model ({reason}); train anew") from error
         log = state["log"]
+        if RANK == 0:
+            write(out / "log.jsonl", log_lines(log))  # a kill may have come between the state and the log
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -359,40 +415,54 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     if args.compile:
         for layer in model.backbone.encoder.layers:
             layer.compile(dynamic=True)
+    parallel = model
+    if dist.is_initialized():
+        nccl = dist.new_group(backend="nccl", timeout=TIMEOUT) if "cuda" in args.device else None  # else gloo
+        parallel = DistributedDataParallel(model, process_group=nccl)
 
     # Training. Each epoch seeds its own dropout, masks, crops and order, so a resumed run repeats an unbroken one.
     for epoch in range(len(log) + 1, args.epochs + 1):
         epoch_start = time.time()
         rng = np.random.default_rng([args.seed, epoch])
-        torch.manual_seed(rng.integers(2**63))
+        torch.manual_seed(int(rng.integers(2**63)) ^ RANK)  # each process its own dropout and masks, of one order
         dataset.epoch = epoch
         batches = make_batches(cropped, args.batch_size, rng)
         title = f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}"
-        losses = train_epoch(model, batches, dataset, optimizer, scheduler, args, title)
+        losses, unread = train_epoch(parallel, batches, dataset, optimizer, scheduler, args, title)
         dev = score_exits(model, parts["dev"], seconds["dev"], args)
         mean_uar = sum(row["uar"] for row in dev["exits"]) / len(dev["exits"])
         best = mean_uar > max((line["dev_uar"] for line in log), default=-1)
         log.append({"epoch": epoch, **losses, "lr": scheduler.get_last_lr()[0], "seconds": time.time() - epoch_start,
                     "dev_uar": mean_uar, "dev": dev})  # fmt: skip
+        if unread := (left_out if epoch == 1 else []) + unread:
+            log[-1]["left_out"] = unread
         per_exit = "  ".join(f"{row['exit']}: {row['uar']:.3f}" for row in dev["exits"])
         print(f"{title}  loss {losses['loss']:.3f}  dev UAR at exit {per_exit}  {'best' if best else ''}", flush=True)
-        if epoch == 1:  # only now does anything take the place of an earlier run
-            for name in ("results.json", "train_state.pt", "log.jsonl", "model.safetensors", "config.json"):
-                (out / name).unlink(missing_ok=True)
-            write(out / "split.csv", split_csv(clips))
-        if best:
-            model.save_pretrained(out)
-        state = {"args": vars(args), "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                 "scheduler": scheduler.state_dict()}  # fmt: skip
-        write(out / "train_state.pt", lambda path, state=state: torch.save(state, path))
-        write(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+        if RANK == 0:
+            save_epoch(out, args, clips, log, best, model, optimizer, scheduler)
+    wait()  # for the last one to be saved
 
     # The best epoch, on dev once more and on test for the first time.
     model = sdser.MultiExitSER.from_pretrained(out).to(args.device)
     results = {"labels": labels, "args": vars(args), "seconds": round(time.time() - start, 1)}
     results |= {split: score_exits(model, parts[split], seconds[split], args) for split in ("dev", "test")}
-    write(out / "results.json", json.dumps(results, indent=2))
-    report(results, log, out)
+    if RANK == 0:
+        write(out / "results.json", json.dumps(results, indent=2))
+        report(results, log, out)
+
+
+def save_epoch(out: Path, args, clips, log: list[dict], best: bool, model, optimizer, scheduler) -> None:
+    """The best model first, then the state, then what only tells of it: a run killed in between repeats the epoch."""
+    if len(log) == 1:  # only now does anything take the place of an earlier run
+        for name in ("results.json", "train_state.pt", "log.jsonl", "model.safetensors", "config.json"):
+            (out / name).unlink(missing_ok=True)
+        write(out / "split.csv", split_csv(clips))
+    if best:
+        model.save_pretrained(out)
+    state = {"args": vars(args), "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+             "scheduler": scheduler.state_dict()}  # fmt: skip
+    write(out / "train_state.pt", lambda path: torch.save(state, path))
+    write(out / "log.jsonl", log_lines(log))
 
 
 def report(results: dict, log: list[dict], out: Path) -> None:
@@ -410,6 +480,10 @@ def report(results: dict, log: list[dict], out: Path) -> None:
         print(f"{name:12} {dev['uar']:.3f}  {dev['accuracy']:8.3f}  {test['uar']:.3f}  {test['accuracy']:8.3f}")
     print(f"\nin {out}: config.json, model.safetensors, results.json, log.jsonl, split.csv, train_state.pt")
     print(f"next: python evaluate.py {out}")
+
+
+def log_lines(log: list[dict]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in log)
 
 
 def split_csv(clips: list[sdser.Clip]) -> str:
@@ -434,19 +508,44 @@ def load_state(out: Path) -> dict:
         raise FileNotFoundError(f"{path}: no such file, so there is no run to resume; leave --resume out")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if missing := PRESETS.keys() - state["args"].keys():
+            raise ValueError(f"it does not say {min(missing)}")
         return {name: state[name] for name in ("args", "log", "model", "optimizer", "scheduler")}
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path}: cannot be read ({reason}); train anew without --resume") from error
 
 
+def interrupted(out: Path, since: float) -> str:
+    """What to say on Ctrl-C, from what is on the disk: it may have come while an epoch was being saved."""
+    state = out / "train_state.pt"
+    if not state.is_file() or state.stat().st_mtime < since:  # older than this run
+        return "interrupted: no epoch was finished, so there is nothing to resume yet"
+    return f"interrupted: python train.py --resume --out {out} goes on after epoch {len(load_state(out)['log'])}"
+
+
 def main(argv=None) -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    args, start = parse_args(argv), time.time()
     try:
-        run(*complete_args(parse_args(argv)))
+        if WORLD > 1:
+            sys.stdout = sys.stdout if RANK == 0 else None  # one process reports
+            dist.init_process_group("gloo", timeout=TIMEOUT)
+        run(*complete_args(args))
+    except KeyboardInterrupt:
+        if RANK == 0:
+            print(interrupted(Path(args.out), 0 if args.resume else start), file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        print("error: another process of this run died or hung; see what it said, then --resume", file=sys.stderr)
+        sys.exit(2)
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

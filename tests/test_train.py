@@ -101,9 +101,13 @@ def test_resume_ends_where_an_unbroken_run_does(corpus, tmp_path, monkeypatch, c
             raise KeyboardInterrupt
         return epoch(*args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(train, "train_epoch", killed)
         fit(corpus, tmp_path / "cut", "--epochs", 3, "--seconds", 0.4)
+    assert end.value.code == 130
+    assert capsys.readouterr().err.endswith(
+        f"interrupted: python train.py --resume --out {tmp_path / 'cut'} goes on after epoch 2\n"
+    )
     assert not (tmp_path / "cut" / "results.json").exists()
     train.main(["--resume", "--out", str(tmp_path / "cut")])
     for file in ("model.safetensors", "split.csv"):
@@ -131,15 +135,16 @@ def test_a_run_that_fails_early_leaves_the_earlier_one_whole(corpus, tmp_path, c
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_new_run_replaces_all_of_an_earlier_one(corpus, tmp_path, monkeypatch):
+def test_a_new_run_replaces_all_of_an_earlier_one(corpus, tmp_path, monkeypatch, capsys):
     fit(corpus, tmp_path, "--epochs", 3)
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(sdser.MultiExitSER, "save_pretrained", killed)
         fit(corpus, tmp_path, "--fold", "2/3")
+    assert "no epoch was finished, so there is nothing to resume" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} <= {"split.csv", "README.md"}
 
 
@@ -159,7 +164,9 @@ def test_seeds_share_no_epoch(corpus, tmp_path, monkeypatch):
 
 def test_test_clips_are_read_once_and_last(corpus, tmp_path, monkeypatch):
     read, load_audio = [], sdser.load_audio
-    monkeypatch.setattr(sdser, "load_audio", lambda path, *args: read.append(str(path)) or load_audio(path, *args))
+    monkeypatch.setattr(
+        sdser, "load_audio", lambda path, *a, **kw: read.append(str(path)) or load_audio(path, *a, **kw)
+    )
     fit(corpus, tmp_path)
     tested = [row["path"] for row in csv.DictReader((tmp_path / "split.csv").open()) if row["split"] == "test"]
     assert sorted(read[-len(tested) :]) == sorted(tested)
@@ -182,7 +189,7 @@ def weights_after_a_step(corpus, batch_size, accumulate):
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     batches = [list(range(8))[i : i + batch_size] for i in range(0, 8, batch_size)]
     dataset = train.TrainingClips(clips, ["anger", "sadness"], args)
-    losses = train.train_epoch(model, batches, dataset, optimizer, scheduler, args, "")
+    losses, _ = train.train_epoch(model, batches, dataset, optimizer, scheduler, args, "")
     return losses, model.state_dict()
 
 
@@ -251,7 +258,7 @@ def test_wav2vec2_base_shaped_checkpoint_takes_a_step(corpus, tmp_path):
     optimizer, scheduler = train.make_optimizer(model, args, steps=10)
     dataset = train.TrainingClips(sdser.load_corpus(corpus)[:2], ["anger", "sadness"], args)
     before = model.backbone.encoder.layers[11].feed_forward.output_dense.weight.clone()
-    losses = train.train_epoch(model, [[0, 1]], dataset, optimizer, scheduler, args, "")
+    losses, _ = train.train_epoch(model, [[0, 1]], dataset, optimizer, scheduler, args, "")
     assert np.isfinite(losses["loss"])
     assert not torch.equal(before, model.backbone.encoder.layers[11].feed_forward.output_dense.weight)
 
@@ -282,10 +289,12 @@ def test_compiled_layers_train(corpus, tmp_path, monkeypatch):
         compile_layer(layer, backend="aot_eager", **kwargs)
 
     monkeypatch.setattr(torch.nn.Module, "compile", trace)
-    results = fit(corpus, tmp_path / "a", "--compile", "--exits", 1, 2)
+    results = fit(corpus, tmp_path / "a", "--compile", "--exits", 1, 2, "--dtype", "bfloat16")
     assert len(compiled) == 2
-    plain = fit(corpus, tmp_path / "b", "--exits", 1, 2)
+    plain = fit(corpus, tmp_path / "b", "--exits", 1, 2, "--dtype", "bfloat16")
     assert results["test"].keys() == plain["test"].keys()
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").open()] for name in "ab"]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
     weights = [sdser.MultiExitSER.from_pretrained(tmp_path / name).state_dict() for name in "ab"]
     assert weights[0].keys() == weights[1].keys()
 
@@ -412,10 +421,10 @@ def test_a_bad_test_clip_costs_no_training(corpus, tmp_path, capsys, wav):
 def test_a_split_without_readable_clips_of_a_label(corpus, tmp_path, capsys, monkeypatch, unreadable, message):
     load_audio = sdser.load_audio
 
-    def broken(path, *args):
+    def broken(path, *args, **kwargs):
         if Path(path).name.startswith(unreadable):
             raise ValueError(f"{path}: broken")
-        return load_audio(path, *args)
+        return load_audio(path, *args, **kwargs)
 
     monkeypatch.setattr(sdser, "load_audio", broken)
     manifest = with_splits(corpus, tmp_path)
@@ -447,9 +456,42 @@ def test_state_that_cannot_be_resumed(tmp_path, capsys, content):
     assert message.startswith(f"{tmp_path}/train_state.pt: ")
 
 
-def test_not_a_number_stops_before_it_is_learned(corpus, tmp_path, capsys):
-    message = refused(capsys, "--data", corpus, "--out", tmp_path, "--lr", "1e30", "--epochs", "3")
-    assert "the loss became" in message and "smaller --lr" in message
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loss_that_is_not_finite_names_its_files_and_keeps_the_last_checkpoint(corpus, tmp_path, capsys, dtype):
+    flags = "--data", corpus, "--out", tmp_path, "--epochs", 3, "--dtype", dtype
+    epoch = train.train_epoch
+
+    def spoilt(model, *args):
+        if args[-1].startswith("epoch 2"):
+            model.heads["4"].classify.bias.data[0] = torch.inf
+        return epoch(model, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "train_epoch", spoilt)
+        message = refused(capsys, *flags)
+    assert message.startswith("the loss became nan on ") and "smaller --lr" in message
+    names = message.partition(" on ")[2].partition("; try")[0]
+    assert "and 9 more" in names, "12 clips of a batch"
+    assert all(Path(name).is_file() for name in names.partition(" and ")[0].split(", "))
+    sdser.MultiExitSER.from_pretrained(tmp_path).classify([names.partition(",")[0]])
+    train.main(["--resume", "--out", str(tmp_path)])
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_gradient_or_answers_that_are_not_finite_are_never_saved(corpus, tmp_path, capsys, monkeypatch):
+    flags = "--data", corpus, "--out", tmp_path / "run", "--preset", "paper", "--backbone", "tiny", "--seconds", 0.3
+    with monkeypatch.context() as patch:  # the loss is finite, its gradient not
+        patch.setattr(sdser.ExitHead, "forward", lambda self, *args, f=sdser.ExitHead.forward: overflow(f(self, *args)))
+        assert "the gradient became nan on" in refused(capsys, *flags)
+    # all in one step, so that only the dev split sees what it did
+    message = refused(capsys, *flags, "--lr", "1e30", "--batch-size", 100)
+    assert message == "the model's answers to the dev split are not finite; try a smaller --lr"
+    assert not list((tmp_path / "run").iterdir())
+
+
+def overflow(outputs):
+    logits, embedding = outputs
+    return logits + (0 * logits).abs().sqrt(), embedding  # the root's slope at 0 is infinite
 
 
 def test_as_a_command(tmp_path):
