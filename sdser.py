@@ -956,17 +956,24 @@ class NormalizedConv(nn.Module):
 
 
 class PackedPositionConv(nn.Module):
+    """The position convolution, its weight laid out for clips of 3 s and more."""
+
+    FRAMES = 150  # for fewer, oneDNN would take another layout, or with this one in bfloat16 a hundred times as long
+
     def __init__(self, conv: nn.Conv1d, dtype: torch.dtype):
         super().__init__()
         self.bias, self.dtype = nn.Parameter(conv.bias.to(dtype), requires_grad=False), dtype
+        self.kernel = conv.kernel_size[0]
         self.how = [0, conv.padding[0]], [1, 1], [1, 1], conv.groups  # padding, stride, dilation of a 2-D convolution
-        shape = [1, conv.in_channels, 1, 150]  # of its usual input
+        shape = [1, conv.in_channels, 1, self.FRAMES]
         self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight[:, :, None].to(dtype), *self.how, shape)
 
     def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[2]  # (B, D, T); a frame more comes out where the kernel is even
+        x = F.pad(x, (0, max(0, self.FRAMES - size)))[:, :, None]
         convolve = torch.ops.mkldnn._convolution_pointwise
-        y = convolve(x[:, :, None].to(self.dtype), self.weight, self.bias, *self.how, "none", [], "")
-        return y[:, :, 0].to(x.dtype)
+        y = convolve(x.to(self.dtype), self.weight, self.bias, *self.how, "none", [], "").to(x.dtype)
+        return y[:, :, 0, : size + 2 * self.how[0][1] - self.kernel + 1]
 
 
 class PackedAttention(nn.Module):
@@ -1046,8 +1053,8 @@ class AudioFiles(torch.utils.data.Dataset):
 def pad(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Waveforms (T,) -> one batch (B, T) with zeros behind the shorter ones, and lengths (B,).
 
-    Unless all are of one length, T is a multiple of 4,000: oneDNN keeps buffers for every shape that it meets, and
-    1,440 clips of as many lengths grew to 2.5 times the memory of those of a few.
+    Unless all are of one length, T is a multiple of 4,000: oneDNN keeps buffers for every shape that it meets, which
+    for 1,440 clips of as many lengths took as much memory again as all else.
     """
     lengths = torch.tensor([len(waveform) for waveform in waveforms])
     batch = nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
