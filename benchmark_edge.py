@@ -545,6 +545,9 @@ def main(argv=None) -> None:
         if args.json:
             text = json.dumps(results, indent=2)
             print(text) if args.json == "-" else Path(args.json).write_text(text)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -13,6 +13,7 @@ In the order in which data meets it:
     the model   MultiExitSER                   waveform -> one ExitOutput per exit; early exit; saving and loading
     the loss    self_distillation_loss         and fuse, which lets the exit with the largest margin decide
     cost        count_macs
+    fast on CPU optimize_for_cpu               a copy with packed weights, in float32, bfloat16 or int8
     many files  predict                        files -> logits
     metrics     unweighted_average_recall, scores
     corpora     load_corpus, split_clips       folders, manifests, downloads, a synthetic voice -> clips
@@ -795,6 +796,8 @@ def optimize_for_cpu(model: MultiExitSER, backend: str = "auto") -> MultiExitSER
     Raises:
         ValueError: an unknown backend, or one that this machine lacks.
     """
+    if model.backend:
+        raise ValueError(f"a {model.backend} copy for the CPU cannot be copied again: give the model it was made from")
     if backend == "auto":
         return fastest_exact(model)
     if backend not in BACKENDS:

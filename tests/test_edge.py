@@ -109,6 +109,8 @@ def test_what_a_copy_cannot_do_is_refused(tmp_path):
             fast.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="truncate the model first"):
             fast.truncate(1)
+        with pytest.raises(ValueError, match="cannot be copied again"):
+            sdser.optimize_for_cpu(fast)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,17 +1,26 @@
 """What the README tells people to type works."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import benchmark_edge
 import evaluate
 import train
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-BLOCKS = {language: re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL) for language in ("python", "sh")}
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = {
+    language: re.findall(rf"```{language}(?: quick)?\n(.*?)```", README, re.DOTALL) for language in ("python", "sh")
+}
+QUICK = re.findall(r"```sh quick\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line.partition("#")[0] for block in BLOCKS["sh"] for line in block.splitlines()]
+SCRIPTS = {"train.py": train, "evaluate.py": evaluate, "benchmark_edge.py": benchmark_edge}
 
 
 def test_the_example_for_other_projects_runs(tmp_path, monkeypatch, capsys):
@@ -22,18 +31,29 @@ def test_the_example_for_other_projects_runs(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("Prediction(") == 2
 
 
-@pytest.mark.parametrize(
-    "command", [line for line in COMMANDS if "python train.py" in line or "python evaluate.py" in line]
-)
+@pytest.mark.parametrize("command", [line for line in COMMANDS if re.search(r"python [a-z_]+\.py|torchrun", line)])
 def test_the_commands_flags_exist(command):
-    script = re.search(r"python .*?(?=$|;|&&)", command.split("&& ")[-1])[0].replace("$i", "1")
-    _, name, *flags = shlex.split(script)
-    (train if name == "train.py" else evaluate).parse_args(flags)
+    name, flags = re.search(r"(\w+\.py)(.*?)(?=$|;|&&)", command).groups()
+    SCRIPTS[name].parse_args(shlex.split(flags.replace("$i", "1")))
 
 
 def test_all_flags_that_are_named_exist():
-    known = "".join(parser.__doc__ or "" for parser in (train, evaluate))
-    source = known + Path(train.__file__).read_text() + Path(evaluate.__file__).read_text()
+    source = "".join(Path(script.__file__).read_text() for script in SCRIPTS.values())
     for flag in re.findall(r"`(--[a-z-]+)", README):
         name = re.sub("^--no-", "--", flag)
         assert f'"{name}"' in source, flag
+
+
+@pytest.mark.parametrize("block", QUICK)
+def test_quick_blocks_run(block, tmp_path):
+    for script in ("sdser.py", *SCRIPTS):
+        (tmp_path / script).symlink_to(ROOT / script)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(
+        ["bash", "-e", "-c", block], cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+
+
+def test_there_are_quick_blocks():
+    assert QUICK
