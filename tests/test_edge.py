@@ -236,10 +236,10 @@ REPORT = 'assert "sdser" not in sys.modules\nprint(json.dumps([answers, labels])
     [
         (".pt2", "fp32", "gru", 1e-5),
         (".pt2", "bf16", "attention", 0.05),
-        (".pt2", "fp32", "lstm", 1e-5),
+        pytest.param(".pt2", "fp32", "lstm", 1e-5, marks=pytest.mark.slow),
         (".onnx", "fp32", "gru", 1e-5),
         (".onnx", "int8", "attention", 0.05),
-        (".onnx", "fp32", "lstm", 1e-5),
+        pytest.param(".onnx", "fp32", "lstm", 1e-5, marks=pytest.mark.slow),
     ],
 )
 def test_exported_files_stand_alone(tmp_path, capsys, ending, backend, head, tolerance):
