@@ -44,6 +44,7 @@ def test_all_flags_that_are_named_exist():
         assert f'"{name}"' in source, flag
 
 
+@pytest.mark.slow  # half a minute
 @pytest.mark.parametrize("block", QUICK)
 def test_quick_blocks_run(block, tmp_path):
     for script in ("sdser.py", *SCRIPTS):
