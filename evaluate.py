@@ -37,7 +37,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     add("--data", metavar="SOURCE", help="another corpus than the checkpoint's own (see train.py)")
     add("--split", choices=("test", "dev", "train", "all"), help="default: test, or all of a --data without splits")
-    add("--against", nargs="+", metavar="CHECKPOINT", help="also the paired difference to these")
+    add(
+        "--against",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="CHECKPOINT",
+        help="also the paired difference to these, pooled; may be repeated, for runs of other exits",
+    )
     add("--common-labels", action="store_true", help="leave out clips whose label the model does not know")
     add("--tolerance", type=float, default=0.01, metavar="X", help="UAR that early exit may cost on dev (default 0.01)")
     add("--audio", nargs="+", metavar="FILE", help="classify these files instead")
@@ -185,6 +192,7 @@ def score(checkpoint: str, model, clips, args) -> Scored:
 
 
 def load_and_score(checkpoints: list[str], args) -> tuple[list[Scored], str]:
+    """The runs, all of the same labels and exits, on their clips of the split that is returned with them."""
     runs = []
     for checkpoint in checkpoints:
         model = sdser.MultiExitSER.from_pretrained(checkpoint).to(args.device)
@@ -228,27 +236,35 @@ def interval(draws: np.ndarray) -> list[float]:
 
 
 def compare(ours: list[Scored], theirs: list[Scored]) -> list[dict]:
-    """The paired difference in UAR, ours minus theirs, at each exit that both have, and of fusion."""
+    """The paired difference in UAR, ours minus theirs, at each exit that both have, and of fusion if both fuse."""
     clips, others = ({clip.path for run in runs for clip in run.clips} for runs in (ours, theirs))
     if clips != others:
         raise ValueError(
             f"--against: {len(clips ^ others)} clips were scored on one side alone; compare runs of the same splits"
         )
-    common = [exit for exit in ours[0].model.exits if exit in theirs[0].model.exits]
+    labels, exits, other = ours[0].model.labels, ours[0].model.exits, theirs[0].model
+    if other.labels != labels:
+        raise ValueError(
+            f"--against: {theirs[0].checkpoint} has other labels than {ours[0].checkpoint}; compare like with like"
+        )
+    common = [exit for exit in exits if exit in other.exits] + ["fusion"] * (min(len(exits), len(other.exits)) > 1)
+    if not common:
+        raise ValueError(
+            f"--against: {theirs[0].checkpoint} has no exit of {exits}, only {other.exits}; compare runs that share one"
+        )
     draws, points = [], []
     for runs in (ours, theirs):
-        rows = [*(runs[0].model.exits.index(exit) for exit in common), -1]
+        rows = [runs[0].model.exits.index(exit) if exit != "fusion" else -1 for exit in common]
         targets = np.concatenate([run.targets for run in runs])
         predictions = np.concatenate([run.predictions for run in runs], -1)[rows]
-        size = len(runs[0].model.labels)
-        points.append([sdser.unweighted_average_recall(targets, row, size) for row in predictions])
-        draws.append(bootstrap(targets, predictions, speakers_or_clips(runs)[0], size))
-    names = [{"exit": exit} for exit in common] + [{"exit": "fusion"}]
-    differences = np.subtract(*points).tolist()
+        points.append([sdser.unweighted_average_recall(targets, row, len(labels)) for row in predictions])
+        draws.append(bootstrap(targets, predictions, speakers_or_clips(runs)[0], len(labels)))
     return [
-        name | {"difference": difference, "ci95": interval(row)}
-        for name, difference, row in zip(names, differences, draws[0] - draws[1])
-    ]
+        {"exit": exit, "difference": our - their, "ci95": interval(row), "against": [run.checkpoint for run in theirs],
+         "against_uar": their, "against_uar_ci95": interval(their_draws)}
+        | ({"against_macs_per_second": macs_per_second(theirs, exit)} if exit != "fusion" else {})
+        for exit, our, their, row, their_draws in zip(common, *points, draws[0] - draws[1], draws[1])
+    ]  # fmt: skip
 
 
 # -- early exit -------------------------------------------------------------------------------------------------------
@@ -345,6 +361,12 @@ def time_clips(run: Scored, threshold: float | None, clips: int = 10, rounds: in
     return {way: float(np.mean(np.median(rows, axis=1))) for way, rows in times.items()}
 
 
+def macs_per_second(runs: list[Scored], exit: int) -> float:
+    """Multiply-accumulates per second of audio, over all clips."""
+    macs = sum(sdser.count_macs(run.model, run.samples, exit).sum() for run in runs)
+    return float(macs / sum(run.seconds.sum() for run in runs))
+
+
 def kept_parameters(model: sdser.MultiExitSER, exit: int) -> int:
     """Parameters of `model.truncate(exit)`."""
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
@@ -358,7 +380,7 @@ def kept_parameters(model: sdser.MultiExitSER, exit: int) -> int:
 def evaluate(args) -> dict:
     """Everything about the checkpoints, as it goes into the JSON."""
     runs, split = load_and_score(args.checkpoints, args)
-    model, seconds = runs[0].model, sum(run.seconds.sum() for run in runs)
+    model = runs[0].model
     shown = model.exits[-1] if args.exit is None else model.check_exit(args.exit)
     calibrated = [calibrate(run, args) for run in runs]
     thresholds = [c[0] for c in calibrated if c]
@@ -375,9 +397,8 @@ def evaluate(args) -> dict:
         rows.append({"exit": name, **sdser.scores(targets, row, len(model.labels)), "uar_ci95": interval(uars),
                      "recall": dict(zip(model.labels, recall)), "confusion": confusion.tolist()})  # fmt: skip
         if name != "fusion":
-            macs = sum(sdser.count_macs(run.model, run.samples, name).sum() for run in runs)
             rows[-1] |= {"layers": name, "parameters": kept_parameters(model, name),
-                         "macs_per_second": float(macs / seconds), "ms_per_clip": milliseconds[name]}  # fmt: skip
+                         "macs_per_second": macs_per_second(runs, name), "ms_per_clip": milliseconds[name]}  # fmt: skip
     results = {
         "labels": model.labels,
         "checkpoints": args.checkpoints,
@@ -398,7 +419,7 @@ def evaluate(args) -> dict:
             "ms_per_clip": milliseconds["adaptive"],
         }
     if args.against:
-        results["against"] = compare(runs, load_and_score(args.against, args)[0])
+        results["against"] = [row for other in args.against for row in compare(runs, load_and_score(other, args)[0])]
     return results
 
 
@@ -449,11 +470,13 @@ def report(results: dict, args) -> None:
         print(f"  {chosen['macs_per_second'] / 1e9:.2f} GMAC/s against {full['macs_per_second'] / 1e9:.2f}, "
               f"{chosen['ms_per_clip']:.1f} ms a clip against {full['ms_per_clip']:.1f}")  # fmt: skip
         print(dim('  kept in config.json: --audio and classify(..., threshold="auto") use it'))
-    if "against" in results:
-        print(f"\ndifference in UAR to {', '.join(args.against)}, paired, with 95 % interval")
-        for row in results["against"]:
-            low, high = row["ci95"]
-            print(f"  {row['exit']!s:8} {row['difference']:+.3f}  {low:+.3f} to {high:+.3f}")
+    compared = None
+    for row in results.get("against", []):
+        if row["against"] != compared:
+            compared = row["against"]
+            print(f"\ndifference in UAR to {', '.join(compared)}, paired, with 95 % interval")
+        low, high = row["ci95"]
+        print(f"  {row['exit']!s:8} {row['difference']:+.3f}  {low:+.3f} to {high:+.3f}")
 
 
 # -- plots ------------------------------------------------------------------------------------------------------------
@@ -478,6 +501,11 @@ def plot(results: dict, folder: str) -> list[str]:
         chosen = results["chosen"]
         axes.plot(chosen["macs_per_second"] / 1e9, chosen["uar"], "*", color="black", markerfacecolor="white",
                   markersize=14, label="early exit, threshold chosen on dev")  # fmt: skip
+    if others := [row for row in results.get("against", []) if row["exit"] != "fusion"]:
+        at, height = np.array([(row["against_macs_per_second"] / 1e9, row["against_uar"]) for row in others]).T
+        errors = np.abs(np.array([row["against_uar_ci95"] for row in others]).T - height)
+        axes.errorbar(at + 0.015 * max(cost), height, errors, fmt="s", color="gray", markerfacecolor="white", capsize=3,
+                      label="--against, moved right")  # fmt: skip
     axes.axhline(results["chance"], color="gray", linestyle=":", label="chance")
     axes.set(xlabel="billion multiply-accumulates per second of audio", ylabel="UAR", ylim=(0, 1))
     axes.set_xlim(0, 1.1 * max(cost))

@@ -229,6 +229,26 @@ def test_against(runs, capsys, tmp_path):
     assert "scored on one side alone" in refused(capsys, runs / "fold1", "--against", runs / "fold2")
 
 
+def test_against_shallower_models(runs, capsys, tmp_path):
+    """An exit does not differ from the same exit cut out, and costs the same."""
+    for exit in (1, 2):
+        sdser.MultiExitSER.from_pretrained(runs / "fold1").truncate(exit).save_pretrained(tmp_path / f"alone{exit}")
+        shutil.copy(runs / "fold1" / "split.csv", tmp_path / f"alone{exit}")
+    against = ["--against", tmp_path / "alone1", "--against", tmp_path / "alone2"]
+    out = report(capsys, runs / "fold1", *against, "--json", tmp_path / "a.json")
+    assert out.out.count("difference in UAR") == 2
+    results = json.loads((tmp_path / "a.json").read_text())
+    assert [row["exit"] for row in results["against"]] == [1, 2]
+    for row, own in zip(results["against"], results["test"]["exits"]):
+        assert row["difference"] == 0 and row["ci95"] == [0, 0]
+        assert [row["against_uar"], row["against_uar_ci95"], row["against_macs_per_second"]] == [
+            own["uar"], own["uar_ci95"], own["macs_per_second"]
+        ]  # fmt: skip
+    assert "alone2 has no exit of [1], only [2]" in refused(
+        capsys, tmp_path / "alone1", "--against", tmp_path / "alone2"
+    )
+
+
 def test_json_on_standard_output_is_json_alone(runs, capsys):
     assert json.loads(report(capsys, runs / "fold1", "--json", "-").out)["labels"] == ["anger", "sadness"]
 
@@ -302,7 +322,7 @@ def report_status(capsys, *flags):
 
 def test_plots(runs, capsys, tmp_path):
     pytest.importorskip("matplotlib")
-    report(capsys, runs / "fold1", "--plot", tmp_path / "plots")
+    report(capsys, runs / "fold1", "--against", runs / "other", "--plot", tmp_path / "plots")
     files = sorted(path.name for path in (tmp_path / "plots").iterdir())
     assert files == ["confusion.png", "recall.png", "uar_against_cost.png"]
     assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in files)
