@@ -1,5 +1,7 @@
 """What each exit of a trained model is worth and what it costs, and how early it may stop.
 
+The threshold of early exit that it chooses on dev is kept in the checkpoint's config.json.
+
     python evaluate.py out                                  # the run's own test split
     python evaluate.py fold1 fold2 fold3                    # the runs of several folds, their test clips pooled
     python evaluate.py out --against other                  # the paired difference between two runs
@@ -314,7 +316,7 @@ def calibrate(run: Scored, args) -> tuple[float, Scored] | None:
     except (OSError, ValueError) as error:
         print(f"early exit is not calibrated: {error}", file=sys.stderr)
         return None
-    deepest = sdser.unweighted_average_recall(dev.targets, dev.predictions[-2], len(run.model.labels))
+    deepest = sdser.unweighted_average_recall(dev.targets, dev.predictions[-2], len(run.model.labels))  # [-1]: fusion
     good = [row for row in sweep([dev]) if row["uar"] >= deepest - args.tolerance]
     threshold = min(good, key=lambda row: row["macs_per_second"])["threshold"] if good else 1.0
     run.model.threshold = threshold
@@ -444,7 +446,10 @@ def report(results: dict, args) -> None:
         print(f"{name:12}  {cost}  {worth}")
     speakers = results["speakers"]
     whom = f"{speakers} speakers" if speakers else "speakers unknown, so the intervals are over clips and too narrow"
-    print(dim(f"{results['clips']} clips, {whom}; chance is {results['chance']:.3f}; times are of one clip alone"))
+    print(dim(f"{results['clips']} clips, {whom}; chance is {results['chance']:.3f}"))
+    print(
+        dim("GMAC/s: billions of multiply-accumulates per second of audio; ms/clip: one clip alone, first checkpoint")
+    )
     if speakers and speakers < 8:
         print(dim("few speakers: the intervals are rough; train folds and give them all, to pool their test clips"))
 

@@ -5,7 +5,7 @@ While it is fine-tuned, the shallow exits (students) also learn from the deepest
 can run at several depths: Ren, Nguyen, Chang, Schuller, "Fast Yet Effective Speech Emotion Recognition with
 Self-distillation", ICASSP 2023, arXiv 2210.14636.
 
-In the order in which data meets it:
+In the order in which data meets it; what serves the model rather than being it comes after:
 
     audio       load_audio, prepare            file -> waveform
     backbone    load_backbone, standardize
@@ -13,10 +13,10 @@ In the order in which data meets it:
     the model   MultiExitSER                   waveform -> one ExitOutput per exit; early exit; saving and loading
     the loss    self_distillation_loss         and fuse, which lets the exit with the largest margin decide
     cost        count_macs
-    fast on CPU optimize_for_cpu               a copy with packed weights, in float32, bfloat16 or int8
     many files  predict                        files -> logits
     metrics     unweighted_average_recall, scores
     corpora     load_corpus, split_clips       folders, manifests, downloads, a synthetic voice -> clips
+    fast on CPU optimize_for_cpu               a copy with packed weights, in float32, bfloat16 or int8
 
 Shapes: B clips, T samples or frames, D features, C classes. Waveforms are float32 at 16 kHz.
 """
@@ -179,7 +179,7 @@ def prepare(clip, tile_seconds: float | None = None) -> Tensor:
 # The backbone: convolutional encoder and transformer, from `transformers`
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Built-in shapes with random weights, of about 1, 4, 95 and 315 million parameters. What is not named is as in
+# Built-in shapes with random weights, of about 1, 3, 95 and 315 million parameters. What is not named is as in
 # facebook/wav2vec2-base, so "base" is exactly that model; "large" is facebook/wav2vec2-large-lv60, a pre-LN
 # layout: each sublayer is normalised before it, not after it.
 SIZES = {
@@ -414,7 +414,7 @@ class MultiExitSER(
         """
         hidden, valid = self.embed_frames(waveforms, lengths)  # (B, T, D), (B, T) or None
         exits, outputs, bias = self.exits if exit is None else [self.check_exit(exit)], [], None
-        for start, k in zip([0, *exits], exits):
+        for start, k in zip([0, *exits], exits):  # each exit goes on where the one before it stopped
             hidden, bias = self.run_layers(hidden, valid, bias, start, k)
             outputs.append(self.read_exit(k, hidden, valid))
         return outputs
@@ -426,13 +426,13 @@ class MultiExitSER(
         """
         lengths = self.check_batch(waveforms, lengths)
         config, encoder = self.backbone.config, self.backbone.encoder
-        valid = None if lengths is None else valid_mask(lengths, waveforms.shape[1])  # (B, T)
+        valid = None if lengths is None else valid_mask(lengths, waveforms.shape[1])  # (B, samples)
         if config.do_normalize:
             waveforms = standardize(waveforms, valid)
         elif valid is not None:
             waveforms = torch.where(valid, waveforms, 0)
 
-        x = waveforms[:, None].to(self.dtype)  # (B, 1, T)
+        x = waveforms[:, None].to(self.dtype)  # (B, 1, samples)
         for i, layer in enumerate(self.backbone.feature_extractor.conv_layers):
             if lengths is not None:  # samples become frames
                 lengths = (lengths - config.conv_kernel[i]) // config.conv_stride[i] + 1
@@ -443,18 +443,18 @@ class MultiExitSER(
                     padded.append(F.pad(layer.layer_norm(clip[..., :length]), (0, x.shape[-1] - length)))
                 x = layer.activation(torch.cat(padded))
             else:
-                x = layer(x)  # (B, channels, T)
+                x = layer(x)  # (B, channels, frames)
 
-        hidden = self.backbone.feature_projection(x.transpose(1, 2))  # (B, T, D), one frame per 20 ms
+        hidden = self.backbone.feature_projection(x.transpose(1, 2))  # (B, frames, D), one frame per 20 ms
         hidden = (hidden[0] if isinstance(hidden, tuple) else hidden).to(self.dtype)  # HuBERT's returns no tuple
-        valid = None if lengths is None else valid_mask(lengths, hidden.shape[1])  # (B, T)
+        valid = None if lengths is None else valid_mask(lengths, hidden.shape[1])  # (B, frames)
         if self.training and self.masks_time:
             mask = self.sample_time_mask(hidden, valid)
             hidden = torch.where(mask[..., None], self.backbone.masked_spec_embed.to(hidden.dtype), hidden)
         if valid is not None:
             hidden = torch.where(valid[..., None], hidden, 0)  # the position convolution must see zeros past the end
         hidden = hidden + encoder.pos_conv_embed(hidden)
-        if not config.do_stable_layer_norm:
+        if not config.do_stable_layer_norm:  # post-LN: this norm stands before layer 1; pre-LN: see read_exit
             hidden = encoder.layer_norm(hidden)
         return encoder.dropout(hidden), valid
 
@@ -471,7 +471,9 @@ class MultiExitSER(
         for kernel, stride in zip(self.backbone.config.conv_kernel[::-1], self.backbone.config.conv_stride[::-1]):
             frame = (frame - 1) * stride + kernel
         if shortest < frame or longest > size:
-            raise ValueError(f"clips of {shortest} to {longest} samples in a batch of {size}: from {frame} up fit")
+            raise ValueError(
+                f"clips of {shortest} to {longest} samples in a batch of {size}: give at least {frame}, at most all"
+            )
         return None if shortest == size else lengths
 
     def sample_time_mask(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
@@ -480,7 +482,7 @@ class MultiExitSER(
         frames = valid.sum(1) if valid is not None else torch.full((batch,), size, device=device)  # (B,)
         length = (frames // 2).clamp(max=config.mask_time_length)  # of a span
         count = (config.mask_time_prob * frames / length.clamp(min=1) + torch.rand(batch, device=device)).floor()
-        most = 1 + int(config.mask_time_prob * size)  # no clip has more spans: S
+        most = 1 + int(config.mask_time_prob * size)  # no clip has more spans, each a frame at least: S
         start = (torch.rand(batch, most, device=device) * (frames - length + 1)[:, None]).long()  # (B, S)
         t = torch.arange(size, device=device)
         masked = (t >= start[..., None]) & (t < (start + length[:, None])[..., None])  # (B, S, T)
@@ -700,7 +702,8 @@ def self_distillation_loss(
         kl_weight: α, for the teacher's probabilities (Hinton et al., 2015); at 0 the term is not computed.
         hint_weight: β, for the teacher's embedding, the hint (FitNets, Romero et al., 2015); at 0 it is not computed.
         temperature: T softens both distributions; T² keeps the term's gradients about as large for any T.
-        detach_teacher: the KL and hint terms teach the students and leave the teacher alone (Zhang et al., 2019).
+        detach_teacher: no gradient of the KL and hint terms flows through the teacher's outputs (Zhang et al., 2019);
+            they still shape the layers that it shares with the students.
     Returns:
         the loss, a scalar, and its parts by name, unweighted and averaged over students: ce (the teacher's),
         ce_students, kl, hint.
@@ -708,18 +711,18 @@ def self_distillation_loss(
     *students, teacher = outputs
     loss = F.cross_entropy(teacher.logits, targets)  # CE(z_d, y)
     parts = {"ce": loss.item(), "ce_students": 0.0, "kl": 0.0, "hint": 0.0}
-    logits, embedding = teacher.logits, teacher.embedding
+    teacher_logits, teacher_embedding = teacher.logits, teacher.embedding
     if detach_teacher:
-        logits, embedding = logits.detach(), embedding.detach()
+        teacher_logits, teacher_embedding = teacher_logits.detach(), teacher_embedding.detach()
     for student in students:
         terms = {"ce_students": (1.0, F.cross_entropy(student.logits, targets))}  # CE(z_k, y)
         if kl_weight:
             log_p_student = F.log_softmax(student.logits / temperature, -1)
-            log_p_teacher = F.log_softmax(logits / temperature, -1)
+            log_p_teacher = F.log_softmax(teacher_logits / temperature, -1)
             kl = F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True)
             terms["kl"] = (kl_weight, temperature**2 * kl)  # T² KL(softmax(z_d/T) ‖ softmax(z_k/T))
         if hint_weight:
-            terms["hint"] = (hint_weight, F.mse_loss(student.embedding, embedding))  # ‖f_k − f_d‖²
+            terms["hint"] = (hint_weight, F.mse_loss(student.embedding, teacher_embedding))  # ‖f_k − f_d‖²
         for name, (weight, term) in terms.items():
             loss = loss + weight * term / len(students)
             parts[name] += term.item() / len(students)
@@ -746,7 +749,7 @@ def count_macs(model: MultiExitSER, samples, exit: int, heads: list[int] | None 
 
     Args:
         samples: the clip's length at 16 kHz, an int or an array of them (not tiled yet).
-        heads: exits whose heads run; default: that exit's alone. Adaptive inference runs all on its way.
+        heads: exits whose heads run; default: that exit's alone. Early exit runs all on its way.
     Returns:
         int64, as many as lengths were given.
     """
@@ -773,263 +776,6 @@ def count_macs(model: MultiExitSER, samples, exit: int, heads: list[int] | None 
         per_frame = {"gru": 6 * d * d, "lstm": 8 * d * d, "attention": d, "mean": 0}[kind] + d  # + the weighted mean
         total += t * per_frame + 256 * (d + len(model.labels))
     return total
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fast inference on a CPU
-# ---------------------------------------------------------------------------------------------------------------------
-
-BACKENDS = ("fp32", "onednn", "bf16", "int8", "compile")
-
-
-def optimize_for_cpu(model: MultiExitSER, backend: str = "auto") -> MultiExitSER:
-    """A copy for inference on this CPU; the original stays as it is. The copy cannot be trained, truncated or saved.
-
-    Args:
-        backend:
-            fp32     torch's own kernels
-            onednn   weights packed for oneDNN, convolutions as matrix products, GELU fused; exact
-            bf16     onednn in bfloat16, for processors that compute in it (AVX-512 BF16, AMX, Arm); int8 recurrence
-            int8     int8 linears, their inputs quantised as they come, and recurrence; the rest as bf16, or onednn
-            compile  torch.compile: minutes before the first answer, and a C++ compiler
-            auto     the faster of the exact ones, fp32 and onednn, timed here for a second
-    Raises:
-        ValueError: an unknown backend, or one that this machine lacks.
-    """
-    if model.backend:
-        raise ValueError(f"a {model.backend} copy for the CPU cannot be copied again: give the model it was made from")
-    if backend == "auto":
-        return fastest_exact(model)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r}: give one of {', '.join(BACKENDS)}, auto")
-    if backend in ("onednn", "bf16", "int8") and not torch.backends.mkldnn.is_available():
-        raise ValueError(f"backend {backend}: this build of torch lacks oneDNN; use fp32")
-    if backend == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise ValueError("backend bf16: this processor does not compute in bfloat16; use onednn or int8")
-
-    # The copy shares the matrices' memory until it packs them; those shared in the end get memory of their own.
-    values = ((id(p), p.detach().cpu()) for p in model.parameters())
-    shared = {key: nn.Parameter(p if p.ndim > 1 else p.clone(), requires_grad=False) for key, p in values}
-    fast = copy.deepcopy(model, shared).eval()
-    fast.backend = backend
-    position = fast.backbone.encoder.pos_conv_embed
-    position.conv = fold_weight_norm(position.conv)
-    if backend in ("onednn", "bf16", "int8"):
-        pack(fast, backend)
-    for parameter in fast.parameters():
-        parameter.data = parameter.data.clone()
-    if backend == "compile":
-        fast.forward = torch.compile(fast.forward, dynamic=True)
-    return fast
-
-
-def fold_weight_norm(conv: nn.Conv1d) -> nn.Conv1d:
-    """The position convolution with the weights that its weight norm works out anew at every call."""
-    folded = nn.utils.skip_init(
-        nn.Conv1d, conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, groups=conv.groups
-    ).requires_grad_(False)
-    folded.weight.data, folded.bias.data = conv.weight.detach().clone(), conv.bias.detach()
-    return folded
-
-
-def pack(fast: MultiExitSER, backend: str) -> None:
-    """Puts the packed parts below in the place of the model's own."""
-    backbone, config = fast.backbone, fast.backbone.config
-    # The residual stream adds up in float32. Convolutions stay out of int8, which their activations outrange: in a
-    # trained model it changed every other label.
-    precision = {"onednn": torch.float32, "bf16": torch.bfloat16, "int8": torch.qint8}[backend]
-    half = backend != "onednn" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    dtype = torch.bfloat16 if half else torch.float32
-    layers, position = backbone.feature_extractor.conv_layers, backbone.encoder.pos_conv_embed
-    for i, layer in enumerate(layers):
-        group_norm = i == 0 and config.feat_extract_norm == "group"
-        layers[i] = (NormalizedConv if group_norm else MatrixConv)(layer, dtype)
-    position.conv = PackedPositionConv(position.conv, dtype)
-
-    projection = backbone.feature_projection
-    projection.projection = PackedLinear(projection.projection, precision)
-    for layer in backbone.encoder.layers:
-        feed_forward, fuse = layer.feed_forward, config.hidden_act == "gelu"
-        feed_forward.intermediate_dense = PackedLinear(feed_forward.intermediate_dense, precision, gelu=fuse)
-        feed_forward.intermediate_act_fn = nn.Identity() if fuse else feed_forward.intermediate_act_fn
-        feed_forward.output_dense = PackedLinear(feed_forward.output_dense, precision)
-        if config.model_type != "wavlm":
-            layer.attention = PackedAttention(layer.attention, precision)
-        elif half:
-            layer.attention = HalfAttention(layer.attention)
-    for head in fast.heads.values():
-        if head.kind in ("gru", "lstm") and backend != "onednn":
-            with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):
-                torch.ao.quantization.quantize_dynamic(head, {nn.GRU, nn.LSTM}, torch.qint8, inplace=True)
-        elif head.kind == "gru":
-            head.rnn = PackedGRU(head.rnn)
-
-
-def fastest_exact(model: MultiExitSER) -> MultiExitSER:
-    """Of the exact backends, the copy that classifies 3 s of noise fastest."""
-    if not torch.backends.mkldnn.is_available():
-        return optimize_for_cpu(model, "fp32")
-    copies = [optimize_for_cpu(model, backend) for backend in ("fp32", "onednn")]
-    best, stop = [math.inf] * len(copies), time.perf_counter() + 1
-    noise = torch.randn(1, 3 * SAMPLE_RATE)
-    while time.perf_counter() < stop or math.isinf(best[0]):
-        for i, fast in enumerate(copies):
-            best[i] = min(best[i], fast.classify(noise)[0].milliseconds)
-    return copies[best.index(min(best))]
-
-
-class PackedLinear(nn.Module):
-    """A linear layer, and GELU if asked, its weight laid out for the kernel of one precision.
-
-    Its output is in float32, or bfloat16 if that is the precision. The operators are those that torch.compile calls.
-    """
-
-    def __init__(self, linear: nn.Linear, precision: torch.dtype, gelu: bool = False):
-        super().__init__()
-        self.precision, self.gelu, weight = precision, gelu, linear.weight  # (out, in)
-        if precision == torch.qint8:
-            scale = weight.abs().amax(1).clamp(min=1e-12).double() / 127  # one for each output
-            zero = torch.zeros_like(scale, dtype=torch.int64)
-            weight = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
-            self.packed = torch.ops.quantized.linear_prepack(weight, linear.bias)
-        else:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(precision).contiguous(), 150)  # rows
-            self.bias = None if linear.bias is None else linear.bias.to(precision)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.precision == torch.qint8:
-            x = torch.ops.quantized.linear_dynamic(x.float(), self.packed, reduce_range=True)
-            return torch.ops.aten.gelu_(x) if self.gelu else x
-        kind = "gelu" if self.gelu else "none"
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.precision), self.packed, self.bias, kind, [], "none")
-
-
-def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """The layer of this weight (out, in) and bias."""
-    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), bias=bias is not None, dtype=weight.dtype)
-    layer.weight.data = weight.detach()
-    if bias is not None:
-        layer.bias.data = bias.detach()
-    return layer.requires_grad_(False)
-
-
-class MatrixConv(nn.Module):
-    """A layer of the convolutional encoder as a matrix product: stored time by channel, each window is a row."""
-
-    def __init__(self, layer: nn.Module, dtype: torch.dtype):
-        super().__init__()
-        self.kernel, self.stride, self.dtype = layer.conv.kernel_size[0], layer.conv.stride[0], dtype
-        self.norm = getattr(layer, "layer_norm", None)
-        weight = layer.conv.weight.transpose(1, 2).flatten(1)  # (out, kernel * channels)
-        self.product = PackedLinear(linear(weight, layer.conv.bias), dtype, gelu=self.norm is None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.transpose(1, 2).contiguous().to(self.dtype)  # (B, T, channels), as the layer before has left it
-        batch, size, channels = x.shape
-        shape = (batch, (size - self.kernel) // self.stride + 1, self.kernel * channels)
-        x = self.product(x.as_strided(shape, (size * channels, self.stride * channels, 1)))  # (B, frames, out)
-        return (x if self.norm is None else F.gelu(self.norm(x))).transpose(1, 2)  # (B, out, frames)
-
-
-class NormalizedConv(nn.Module):
-    """The first layer of "base" models, convolution, GroupNorm over time, GELU, in one pass over its large output.
-
-    Convolution is linear: mean and covariance of its windows, a few samples wide, give mean and variance of its
-    outputs, so that the norm becomes a scale and a shift of the weights.
-    """
-
-    def __init__(self, layer: nn.Module, dtype: torch.dtype):
-        super().__init__()
-        self.conv, self.layer_norm, self.activation = layer.conv, layer.layer_norm, layer.activation
-        self.dtype = dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) > 1:
-            return self.activation(self.layer_norm(self.conv(x)))
-        windows = x[0, 0].unfold(-1, self.conv.kernel_size[0], self.conv.stride[0])  # (frames, kernel)
-        weight, norm = self.conv.weight[:, 0].double(), self.layer_norm  # (out, kernel)
-        mean = windows.double().mean(0)
-        covariance = torch.cov(windows.double().T, correction=0)
-        variance = ((weight @ covariance) * weight).sum(1)  # (out,)
-        weight = weight * (norm.weight * torch.rsqrt(variance + norm.eps))[:, None]
-        bias = norm.bias - weight @ mean  # the convolution's own bias is in the mean, and cancels
-        windows, weight, bias = (t.to(self.dtype).contiguous() for t in (windows, weight, bias))
-        x = torch.ops.mkldnn._linear_pointwise(windows, weight, bias, "gelu", [], "none")
-        return x.T[None]  # (1, out, frames)
-
-
-class PackedPositionConv(nn.Module):
-    """The position convolution, its weight laid out for clips of 3 s and more."""
-
-    FRAMES = 150  # for fewer, oneDNN would take another layout, or with this one in bfloat16 a hundred times as long
-
-    def __init__(self, conv: nn.Conv1d, dtype: torch.dtype):
-        super().__init__()
-        self.bias, self.dtype = nn.Parameter(conv.bias.to(dtype), requires_grad=False), dtype
-        self.kernel = conv.kernel_size[0]
-        self.how = [0, conv.padding[0]], [1, 1], [1, 1], conv.groups  # padding, stride, dilation of a 2-D convolution
-        shape = [1, conv.in_channels, 1, self.FRAMES]
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight[:, :, None].to(dtype), *self.how, shape)
-
-    def forward(self, x: Tensor) -> Tensor:
-        size = x.shape[2]  # (B, D, T); a frame more comes out where the kernel is even
-        x = F.pad(x, (0, max(0, self.FRAMES - size)))[:, :, None]
-        convolve = torch.ops.mkldnn._convolution_pointwise
-        y = convolve(x.to(self.dtype), self.weight, self.bias, *self.how, "none", [], "").to(x.dtype)
-        return y[:, :, 0, : size + 2 * self.how[0][1] - self.kernel + 1]
-
-
-class PackedAttention(nn.Module):
-    """Self-attention of wav2vec 2.0 and HuBERT, with one product for queries, keys and values."""
-
-    def __init__(self, attention: nn.Module, precision: torch.dtype):
-        super().__init__()
-        query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
-        weight = torch.cat([query.weight * attention.scaling, key.weight, value.weight])
-        bias = torch.cat([query.bias * attention.scaling, key.bias, value.bias])
-        self.project, self.heads = PackedLinear(linear(weight, bias), precision), attention.num_heads
-        self.out = PackedLinear(attention.out_proj, precision)
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_) -> tuple[Tensor, None]:
-        x = self.project(hidden_states).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, heads, D / heads)
-        query, key, value = x.transpose(1, 3).unbind(2)  # (B, heads, T, D / heads)
-        if x.dtype == torch.bfloat16 and attention_mask is None and x.shape[1] < 1000:
-            x = (query @ key.mT).softmax(-1) @ value  # faster than torch's fused kernel in bfloat16, but T² of memory
-        else:
-            x = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=1.0)
-        return self.out(x.transpose(1, 2).flatten(2)), None
-
-
-class HalfAttention(nn.Module):
-    """WavLM's attention, a function of torch's own, in bfloat16."""
-
-    def __init__(self, attention: nn.Module):
-        super().__init__()
-        self.attention = attention.bfloat16()
-
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple:
-        return self.attention(hidden_states.bfloat16(), *args, **kwargs)
-
-
-class PackedGRU(nn.Module):
-    """One layer of nn.GRU, batch first, from a zero state."""
-
-    def __init__(self, gru: nn.GRU):
-        super().__init__()
-        self.project = PackedLinear(linear(gru.weight_ih_l0, gru.bias_ih_l0), torch.float32)
-        self.recur = PackedLinear(linear(gru.weight_hh_l0, gru.bias_hh_l0), torch.float32)
-        self.width = gru.hidden_size
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        sizes, states = [2 * self.width, self.width], []
-        state = x.new_zeros(len(x), self.width)
-        # what each frame adds to the two gates, and to the new state
-        for gates, new in zip(*(part.unbind(1) for part in self.project(x).split(sizes, -1))):
-            recurrent_gates, recurrent_new = self.recur(state).split(sizes, -1)
-            reset, update = (gates + recurrent_gates).sigmoid_().chunk(2, -1)
-            state = torch.addcmul(new, reset, recurrent_new).tanh_().lerp_(state, update)
-            states.append(state)
-        return torch.stack(states, 1), None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1345,7 +1091,7 @@ def split_clips(clips: list[Clip], fold: tuple[int, int] | None = None) -> list[
     Args:
         clips: splits of their own are kept (all clips have one, or none).
         fold: (I, N), I from 1: of N groups of speakers, group I is test, the next one dev, the rest train.
-            None: 40 % train, 30 % dev, 30 % test, as in the paper.
+            None: about 40 % of the clips train, 30 % dev, 30 % test, as in the paper.
     Raises:
         ValueError: too few speakers, a label that cannot be in each split, a speaker in two splits, a clip with
             neither speaker nor split.
@@ -1568,3 +1314,260 @@ def make_synthetic(speakers: int = 12, clips: int = 24, seed: int = 0) -> str:
         with contextlib.suppress(OSError):  # another process was first: the same files
             os.replace(fresh, folder)
     return str(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fast inference on a CPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+BACKENDS = ("fp32", "onednn", "bf16", "int8", "compile")
+
+
+def optimize_for_cpu(model: MultiExitSER, backend: str = "auto") -> MultiExitSER:
+    """A copy for inference on this CPU; the original stays as it is. The copy cannot be trained, truncated or saved.
+
+    Args:
+        backend:
+            fp32     torch's own kernels
+            onednn   weights packed for oneDNN, convolutions as matrix products, GELU fused; exact
+            bf16     onednn in bfloat16, for processors that compute in it (AVX-512 BF16, AMX, Arm); int8 recurrence
+            int8     int8 linears, their inputs quantised as they come, and recurrence; the rest as bf16, or onednn
+            compile  torch.compile: minutes before the first answer, and a C++ compiler
+            auto     the faster of the exact ones, fp32 and onednn, timed here for a second
+    Raises:
+        ValueError: an unknown backend, or one that this machine lacks.
+    """
+    if model.backend:
+        raise ValueError(f"a {model.backend} copy for the CPU cannot be copied again: give the model it was made from")
+    if backend == "auto":
+        return fastest_exact(model)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r}: give one of {', '.join(BACKENDS)}, auto")
+    if backend in ("onednn", "bf16", "int8") and not torch.backends.mkldnn.is_available():
+        raise ValueError(f"backend {backend}: this build of torch lacks oneDNN; use fp32")
+    if backend == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise ValueError("backend bf16: this processor does not compute in bfloat16; use onednn or int8")
+
+    # The copy shares the matrices' memory until it packs them; those shared in the end get memory of their own.
+    values = ((id(p), p.detach().cpu()) for p in model.parameters())
+    shared = {key: nn.Parameter(p if p.ndim > 1 else p.clone(), requires_grad=False) for key, p in values}
+    fast = copy.deepcopy(model, shared).eval()
+    fast.backend = backend
+    position = fast.backbone.encoder.pos_conv_embed
+    position.conv = fold_weight_norm(position.conv)
+    if backend in ("onednn", "bf16", "int8"):
+        pack(fast, backend)
+    for parameter in fast.parameters():
+        parameter.data = parameter.data.clone()
+    if backend == "compile":
+        fast.forward = torch.compile(fast.forward, dynamic=True)
+    return fast
+
+
+def fold_weight_norm(conv: nn.Conv1d) -> nn.Conv1d:
+    """The position convolution with the weights that its weight norm works out anew at every call."""
+    folded = nn.utils.skip_init(
+        nn.Conv1d, conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, groups=conv.groups
+    ).requires_grad_(False)
+    folded.weight.data, folded.bias.data = conv.weight.detach().clone(), conv.bias.detach()
+    return folded
+
+
+def pack(fast: MultiExitSER, backend: str) -> None:
+    """Puts the packed parts below in the place of the model's own."""
+    backbone, config = fast.backbone, fast.backbone.config
+    # The residual stream adds up in float32. Convolutions stay out of int8, which their activations outrange: in a
+    # trained model it changed every other label.
+    precision = {"onednn": torch.float32, "bf16": torch.bfloat16, "int8": torch.qint8}[backend]
+    half = backend != "onednn" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dtype = torch.bfloat16 if half else torch.float32
+    layers, position = backbone.feature_extractor.conv_layers, backbone.encoder.pos_conv_embed
+    for i, layer in enumerate(layers):
+        group_norm = i == 0 and config.feat_extract_norm == "group"
+        layers[i] = (NormalizedConv if group_norm else MatrixConv)(layer, dtype)
+    position.conv = PackedPositionConv(position.conv, dtype)
+
+    projection = backbone.feature_projection
+    projection.projection = PackedLinear(projection.projection, precision)
+    for layer in backbone.encoder.layers:
+        feed_forward, gelu = layer.feed_forward, config.hidden_act == "gelu"
+        feed_forward.intermediate_dense = PackedLinear(feed_forward.intermediate_dense, precision, gelu=gelu)
+        feed_forward.intermediate_act_fn = nn.Identity() if gelu else feed_forward.intermediate_act_fn
+        feed_forward.output_dense = PackedLinear(feed_forward.output_dense, precision)
+        if config.model_type != "wavlm":
+            layer.attention = PackedAttention(layer.attention, precision)
+        elif half:
+            layer.attention = HalfAttention(layer.attention)
+    for head in fast.heads.values():
+        if head.kind in ("gru", "lstm") and backend != "onednn":
+            with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):
+                torch.ao.quantization.quantize_dynamic(head, {nn.GRU, nn.LSTM}, torch.qint8, inplace=True)
+        elif head.kind == "gru":
+            head.rnn = PackedGRU(head.rnn)
+
+
+def fastest_exact(model: MultiExitSER) -> MultiExitSER:
+    """Of the exact backends, the copy that classifies 3 s of noise fastest."""
+    if not torch.backends.mkldnn.is_available():
+        return optimize_for_cpu(model, "fp32")
+    copies = [optimize_for_cpu(model, backend) for backend in ("fp32", "onednn")]
+    best, stop = [math.inf] * len(copies), time.perf_counter() + 1
+    noise = torch.randn(1, 3 * SAMPLE_RATE)
+    while time.perf_counter() < stop or math.isinf(best[0]):
+        for i, fast in enumerate(copies):
+            best[i] = min(best[i], fast.classify(noise)[0].milliseconds)
+    return copies[best.index(min(best))]
+
+
+class PackedLinear(nn.Module):
+    """A linear layer, and GELU if asked, its weight laid out for the kernel of one precision.
+
+    Its output is in float32, or bfloat16 if that is the precision. The operators are those that torch.compile calls.
+    """
+
+    def __init__(self, linear: nn.Linear, precision: torch.dtype, gelu: bool = False):
+        super().__init__()
+        self.precision, self.gelu, weight = precision, gelu, linear.weight  # (out, in)
+        if precision == torch.qint8:
+            scale = weight.abs().amax(1).clamp(min=1e-12).double() / 127  # one for each output
+            zero = torch.zeros_like(scale, dtype=torch.int64)
+            weight = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
+            self.packed = torch.ops.quantized.linear_prepack(weight, linear.bias)
+        else:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(precision).contiguous(), 150)  # rows
+            self.bias = None if linear.bias is None else linear.bias.to(precision)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.precision == torch.qint8:
+            x = torch.ops.quantized.linear_dynamic(x.float(), self.packed, reduce_range=True)
+            return torch.ops.aten.gelu_(x) if self.gelu else x
+        kind = "gelu" if self.gelu else "none"
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.precision), self.packed, self.bias, kind, [], "none")
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """The layer of this weight (out, in) and bias."""
+    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), bias=bias is not None, dtype=weight.dtype)
+    layer.weight.data = weight.detach()
+    if bias is not None:
+        layer.bias.data = bias.detach()
+    return layer.requires_grad_(False)
+
+
+class MatrixConv(nn.Module):
+    """A layer of the convolutional encoder as a matrix product: stored time by channel, each window is a row."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.kernel, self.stride, self.dtype = layer.conv.kernel_size[0], layer.conv.stride[0], dtype
+        self.norm = getattr(layer, "layer_norm", None)
+        weight = layer.conv.weight.transpose(1, 2).flatten(1)  # (out, kernel * channels)
+        self.product = PackedLinear(linear(weight, layer.conv.bias), dtype, gelu=self.norm is None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2).contiguous().to(self.dtype)  # (B, T, channels), as the layer before has left it
+        batch, size, channels = x.shape
+        shape = (batch, (size - self.kernel) // self.stride + 1, self.kernel * channels)
+        x = self.product(x.as_strided(shape, (size * channels, self.stride * channels, 1)))  # (B, frames, out)
+        return (x if self.norm is None else F.gelu(self.norm(x))).transpose(1, 2)  # (B, out, frames)
+
+
+class NormalizedConv(nn.Module):
+    """The first layer of "base" models, convolution, GroupNorm over time, GELU, in one pass over its large output.
+
+    Convolution is linear: mean and covariance of its windows, a few samples wide, give mean and variance of its
+    outputs, so that the norm becomes a scale and a shift of the weights.
+    """
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.conv, self.layer_norm, self.activation = layer.conv, layer.layer_norm, layer.activation
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1:
+            return self.activation(self.layer_norm(self.conv(x)))
+        windows = x[0, 0].unfold(-1, self.conv.kernel_size[0], self.conv.stride[0])  # (frames, kernel)
+        weight, norm = self.conv.weight[:, 0].double(), self.layer_norm  # (out, kernel)
+        mean = windows.double().mean(0)
+        covariance = torch.cov(windows.double().T, correction=0)
+        variance = ((weight @ covariance) * weight).sum(1)  # (out,)
+        weight = weight * (norm.weight * torch.rsqrt(variance + norm.eps))[:, None]
+        bias = norm.bias - weight @ mean  # the convolution's own bias is in the mean, and cancels
+        windows, weight, bias = (t.to(self.dtype).contiguous() for t in (windows, weight, bias))
+        x = torch.ops.mkldnn._linear_pointwise(windows, weight, bias, "gelu", [], "none")
+        return x.T[None]  # (1, out, frames)
+
+
+class PackedPositionConv(nn.Module):
+    """The position convolution, its weight laid out for clips of 3 s and more."""
+
+    FRAMES = 150  # for fewer, oneDNN would take another layout, or with this one in bfloat16 a hundred times as long
+
+    def __init__(self, conv: nn.Conv1d, dtype: torch.dtype):
+        super().__init__()
+        self.bias, self.dtype = nn.Parameter(conv.bias.to(dtype), requires_grad=False), dtype
+        self.kernel = conv.kernel_size[0]
+        self.how = [0, conv.padding[0]], [1, 1], [1, 1], conv.groups  # padding, stride, dilation of a 2-D convolution
+        shape = [1, conv.in_channels, 1, self.FRAMES]
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight[:, :, None].to(dtype), *self.how, shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[2]  # (B, D, T); a frame more comes out where the kernel is even
+        x = F.pad(x, (0, max(0, self.FRAMES - size)))[:, :, None]
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        y = convolve(x.to(self.dtype), self.weight, self.bias, *self.how, "none", [], "").to(x.dtype)
+        return y[:, :, 0, : size + 2 * self.how[0][1] - self.kernel + 1]
+
+
+class PackedAttention(nn.Module):
+    """Self-attention of wav2vec 2.0 and HuBERT, with one product for queries, keys and values."""
+
+    def __init__(self, attention: nn.Module, precision: torch.dtype):
+        super().__init__()
+        query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+        weight = torch.cat([query.weight * attention.scaling, key.weight, value.weight])
+        bias = torch.cat([query.bias * attention.scaling, key.bias, value.bias])
+        self.project, self.heads = PackedLinear(linear(weight, bias), precision), attention.num_heads
+        self.out = PackedLinear(attention.out_proj, precision)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_) -> tuple[Tensor, None]:
+        x = self.project(hidden_states).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, heads, D / heads)
+        query, key, value = x.transpose(1, 3).unbind(2)  # (B, heads, T, D / heads)
+        if x.dtype == torch.bfloat16 and attention_mask is None and x.shape[1] < 1000:
+            x = (query @ key.mT).softmax(-1) @ value  # faster than torch's fused kernel in bfloat16, but T² of memory
+        else:
+            x = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=1.0)
+        return self.out(x.transpose(1, 2).flatten(2)), None
+
+
+class HalfAttention(nn.Module):
+    """WavLM's attention, a function of torch's own, in bfloat16."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention = attention.bfloat16()
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple:
+        return self.attention(hidden_states.bfloat16(), *args, **kwargs)
+
+
+class PackedGRU(nn.Module):
+    """One layer of nn.GRU, batch first, from a zero state."""
+
+    def __init__(self, gru: nn.GRU):
+        super().__init__()
+        self.project = PackedLinear(linear(gru.weight_ih_l0, gru.bias_ih_l0), torch.float32)
+        self.recur = PackedLinear(linear(gru.weight_hh_l0, gru.bias_hh_l0), torch.float32)
+        self.width = gru.hidden_size
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        sizes, states = [2 * self.width, self.width], []
+        state = x.new_zeros(len(x), self.width)
+        # what each frame adds to the two gates, and to the new state
+        for gates, new in zip(*(part.unbind(1) for part in self.project(x).split(sizes, -1))):
+            recurrent_gates, recurrent_new = self.recur(state).split(sizes, -1)
+            reset, update = (gates + recurrent_gates).sigmoid_().chunk(2, -1)
+            state = torch.addcmul(new, reset, recurrent_new).tanh_().lerp_(state, update)
+            states.append(state)
+        return torch.stack(states, 1), None

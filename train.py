@@ -75,17 +75,17 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--head", choices=sdser.HEADS, help="of the shallow exits")
     add("--kl-weight", type=non_negative, metavar="A", help="alpha; 0 leaves the term out")
     add("--hint-weight", type=non_negative, metavar="B", help="beta; 0 leaves the term out")
-    add("--temperature", type=positive, metavar="T")
-    add("--detach-teacher", action=flag, help="whether the teacher is shielded from the KL and hint terms' gradients")
+    add("--temperature", type=positive, metavar="T", help="softens what the KL term compares; 1 leaves it")
+    add("--detach-teacher", action=flag, help="whether KL and hint gradients stop at the teacher's outputs")
     add("--label-fraction", type=fraction, metavar="F", help="train on this share of the training clips, by label")
     add("--fold", type=fold, metavar="I/N", help="cross-validation: speakers dealt into N groups, group I is test")
     add("--window", choices=("natural", "tile"), help="clips at natural length, or repeated or cut to --seconds")
-    add("--seconds", type=clip_seconds, metavar="S", help="natural: longer training clips are cropped at random")
-    add("--epochs", type=positive_int, metavar="N")
-    add("--batch-size", type=positive_int, metavar="N")
+    add("--seconds", type=clip_seconds, metavar="S", help="longer training clips are cropped at random; tile: to reach")
+    add("--epochs", type=positive_int, metavar="N", help="passes over the training clips")
+    add("--batch-size", type=positive_int, metavar="N", help="clips, of all processes together")
     add("--accumulate", type=positive_int, metavar="N", help="batches per step")
     add("--lr", type=positive, metavar="X", help="learning rate of the backbone")
-    add("--head-lr", type=positive, metavar="X", help="learning rate of the exits")
+    add("--head-lr", type=positive, metavar="X", help="learning rate of the exits; toy, paper: as --lr; fast: 1e-3")
     add("--freeze-cnn", action=flag, help="whether the convolutional encoder stays as it is")
     add("--dtype", choices=("float32", "bfloat16"), help="bfloat16: by autocast")
     add("--compile", action="store_true", default=None, help="compile the transformer layers (pays on CUDA)")
@@ -193,7 +193,7 @@ class TrainingClips(Dataset):
     def __init__(self, clips, labels, args):
         self.clips, self.labels, self.seed, self.epoch = clips, labels, args.seed, 0
         self.tile, self.seconds = args.window == "tile", args.seconds
-        self.hint = "" if args.skip_bad else " (--skip-bad leaves such clips out)"
+        self.advice = "" if args.skip_bad else " (--skip-bad leaves such clips out)"
 
     def __len__(self):
         return len(self.clips)
@@ -205,7 +205,7 @@ class TrainingClips(Dataset):
         try:
             waveform = sdser.load_audio(clip.path, part_seconds=self.seconds, position=position)[:samples]
         except (OSError, ValueError) as error:
-            return f"{error}{self.hint}"
+            return f"{error}{self.advice}"
         return sdser.tile(waveform, samples) if self.tile else waveform, self.labels.index(clip.label)
 
 
@@ -280,7 +280,7 @@ def autocast(args):
 
 
 def make_optimizer(model: sdser.MultiExitSER, args, steps: int):
-    """AdamW over backbone and heads, and the learning rate's course over `steps`."""
+    """Freezes what is not to be trained; AdamW over the rest, and the learning rate's course over `steps`."""
     model.backbone.feature_extractor.requires_grad_(not args.freeze_cnn)
     groups = [
         {"params": [p for p in model.backbone.parameters() if p.requires_grad], "lr": args.lr},
@@ -309,7 +309,7 @@ def train_epoch(model, batches, dataset, optimizer, scheduler, args, title: str)
         if not step_clips:
             continue  # none could be read
         for i, (indices, waveforms, lengths, targets) in enumerate(step, 1):
-            model.require_backward_grad_sync = i == len(step)  # processes exchange gradients once a step
+            model.require_backward_grad_sync = i == len(step)  # DistributedDataParallel then exchanges gradients
             with autocast(args):
                 outputs = model(waveforms.to(args.device), lengths.to(args.device))
             loss, parts = sdser.self_distillation_loss(
@@ -326,7 +326,7 @@ def train_epoch(model, batches, dataset, optimizer, scheduler, args, title: str)
             for name, value in {"loss": loss.item(), **parts}.items():
                 sums[name] += value * len(indices)
             read[indices] = 1
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm or math.inf)  # inf: measured alone
         refuse_non_finite("gradient", norm, [i for indices, *_ in step for i in indices], dataset)
         optimizer.step()
         optimizer.zero_grad()
@@ -424,7 +424,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     for epoch in range(len(log) + 1, args.epochs + 1):
         epoch_start = time.time()
         rng = np.random.default_rng([args.seed, epoch])
-        torch.manual_seed(int(rng.integers(2**63)) ^ RANK)  # each process its own dropout and masks, of one order
+        torch.manual_seed(int(rng.integers(2**63)) ^ RANK)  # processes differ in dropout and masks, not in order
         dataset.epoch = epoch
         batches = make_batches(cropped, args.batch_size, rng)
         title = f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}"
