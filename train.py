@@ -46,6 +46,7 @@ PRESETS = {
     "kl_weight":       (1.0,          1.0,                      1.0),
     "hint_weight":     (1.0,          1.0,                      1.0),
     "temperature":     (1.0,          1.0,                      1.0),
+    "distill_warmup":  (0.5,          0.0,                      0.5),          # of steps, KL and hint growing from 0
     "detach_teacher":  (True,         True,                     True),
     "window":          ("natural",    "tile",                   "natural"),
     "seconds":         (3.0,          5.984,                    6.0),
@@ -76,6 +77,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--kl-weight", type=non_negative, metavar="A", help="alpha; 0 leaves the term out")
     add("--hint-weight", type=non_negative, metavar="B", help="beta; 0 leaves the term out")
     add("--temperature", type=positive, metavar="T", help="softens what the KL term compares; 1 leaves it")
+    add("--distill-warmup", type=share, metavar="F", help="share of the steps over which alpha and beta grow from 0")
     add("--detach-teacher", action=flag, help="whether KL and hint gradients stop at the teacher's outputs")
     add("--label-fraction", type=fraction, metavar="F", help="train on this share of the training clips, by label")
     add("--fold", type=fold, metavar="I/N", help="cross-validation: speakers dealt into N groups, group I is test")
@@ -119,6 +121,7 @@ positive_int = number(int, lambda x: x > 0, "a whole number above 0")
 natural = number(int, lambda x: 0 <= x < 2**31, "a whole number of at least 0")
 clip_seconds = number(float, lambda x: x >= 0.025, "a length of at least one frame, 0.025 s")
 fraction = number(float, lambda x: 0 < x <= 1, "a share above 0 and at most 1")
+share = number(float, lambda x: 0 <= x <= 1, "a share from 0 to 1")
 
 
 def fold(text: str) -> list[int]:
@@ -298,8 +301,16 @@ def make_optimizer(model: sdser.MultiExitSER, args, steps: int):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def train_epoch(model, batches, dataset, optimizer, scheduler, args, title: str) -> tuple[dict[str, float], list[str]]:
-    """One pass over the training clips; returns the mean loss and its parts, and the paths of clips left out."""
+def distillation_ramp(step: int, steps: int, args) -> float:
+    """The share of alpha and beta at a step of `steps`: early on there is nothing to be learned from the teacher."""
+    return min(1.0, step / (args.distill_warmup * steps)) if args.distill_warmup else 1.0
+
+
+def train_epoch(model, batches, dataset, optimizer, scheduler, args, steps: int, title: str):
+    """One pass over the training clips, part of `steps` steps.
+
+    Returns the mean loss and its parts, dict[str, float], and the paths of clips left out, list[str].
+    """
     model.train()
     sums, read = defaultdict(float), torch.zeros(len(dataset), dtype=torch.int64)
     loader = load_batches(dataset, batches, args)
@@ -308,6 +319,7 @@ def train_epoch(model, batches, dataset, optimizer, scheduler, args, title: str)
         step_clips = summed(torch.tensor(sum(len(indices) for indices, *_ in step))).item()
         if not step_clips:
             continue  # none could be read
+        ramp = distillation_ramp(scheduler.last_epoch, steps, args)  # last_epoch counts steps
         for i, (indices, waveforms, lengths, targets) in enumerate(step, 1):
             model.require_backward_grad_sync = i == len(step)  # DistributedDataParallel then exchanges gradients
             with autocast(args):
@@ -315,8 +327,8 @@ def train_epoch(model, batches, dataset, optimizer, scheduler, args, title: str)
             loss, parts = sdser.self_distillation_loss(
                 outputs,
                 targets.to(args.device),
-                args.kl_weight,
-                args.hint_weight,
+                ramp * args.kl_weight,
+                ramp * args.hint_weight,
                 args.temperature,
                 args.detach_teacher,
             )
@@ -428,7 +440,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         dataset.epoch = epoch
         batches = make_batches(cropped, args.batch_size, rng)
         title = f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}"
-        losses, unread = train_epoch(parallel, batches, dataset, optimizer, scheduler, args, title)
+        losses, unread = train_epoch(parallel, batches, dataset, optimizer, scheduler, args, steps, title)
         dev = score_exits(model, parts["dev"], seconds["dev"], args)
         mean_uar = sum(row["uar"] for row in dev["exits"]) / len(dev["exits"])
         best = mean_uar > max((line["dev_uar"] for line in log), default=-1)

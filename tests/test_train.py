@@ -41,7 +41,7 @@ def refused(capsys, *flags) -> str:
 
 
 def test_files_of_a_run(corpus, tmp_path, capsys):
-    results = fit(corpus, tmp_path / "run")
+    results = fit(corpus, tmp_path / "run", "--distill-warmup", 0)
     printed = capsys.readouterr().out
     files = {path.name for path in (tmp_path / "run").iterdir()}
     wanted = {"config.json", "model.safetensors", "train_state.pt", "split.csv", "log.jsonl", "results.json"}
@@ -189,7 +189,7 @@ def weights_after_a_step(corpus, batch_size, accumulate):
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     batches = [list(range(8))[i : i + batch_size] for i in range(0, 8, batch_size)]
     dataset = train.TrainingClips(clips, ["anger", "sadness"], args)
-    losses, _ = train.train_epoch(model, batches, dataset, optimizer, scheduler, args, "")
+    losses, _ = train.train_epoch(model, batches, dataset, optimizer, scheduler, args, 1, "")
     return losses, model.state_dict()
 
 
@@ -258,7 +258,7 @@ def test_wav2vec2_base_shaped_checkpoint_takes_a_step(corpus, tmp_path):
     optimizer, scheduler = train.make_optimizer(model, args, steps=10)
     dataset = train.TrainingClips(sdser.load_corpus(corpus)[:2], ["anger", "sadness"], args)
     before = model.backbone.encoder.layers[11].feed_forward.output_dense.weight.clone()
-    losses, _ = train.train_epoch(model, [[0, 1]], dataset, optimizer, scheduler, args, "")
+    losses, _ = train.train_epoch(model, [[0, 1]], dataset, optimizer, scheduler, args, 1, "")
     assert np.isfinite(losses["loss"])
     assert not torch.equal(before, model.backbone.encoder.layers[11].feed_forward.output_dense.weight)
 
@@ -299,13 +299,26 @@ def test_compiled_layers_train(corpus, tmp_path, monkeypatch):
     assert weights[0].keys() == weights[1].keys()
 
 
+def test_distillation_grows_from_nothing(corpus, tmp_path):
+    ramp = lambda share, steps=10: [  # noqa: E731
+        train.distillation_ramp(step, steps, arguments("--distill-warmup", str(share))) for step in range(4)
+    ]
+    assert ramp(0) == [1, 1, 1, 1] and ramp(0.2) == [0, 0.5, 1, 1] and ramp(1, 4) == [0, 0.25, 0.5, 0.75]
+    flags = ["--epochs", 2, "--batch-size", 64, "--kl-weight", 1, "--hint-weight", 1]  # a step an epoch
+    for share, silent in ((1, [True, False]), (0, [False, False])):
+        fit(corpus, tmp_path / str(share), *flags, "--distill-warmup", share)
+        log = [json.loads(line) for line in (tmp_path / str(share) / "log.jsonl").open()]
+        assert [(line["kl"] == 0, line["hint"] == 0) for line in log] == [(s, s) for s in silent]
+
+
 def test_presets():
     assert arguments().preset == arguments("--backbone", "small").preset == "toy"
     assert arguments("--backbone", "facebook/wav2vec2-base").preset == "fast"
     assert arguments("--preset", "paper").backbone == "facebook/wav2vec2-base"
     paper = arguments("--preset", "paper")
     recipe = dict(lr=3e-5, head_lr=3e-5, batch_size=16, epochs=20, window="tile", seconds=5.984, head="gru",
-                  kl_weight=1, hint_weight=1, temperature=1, weight_decay=0, warmup=None, dtype="float32")  # fmt: skip
+                  kl_weight=1, hint_weight=1, temperature=1, weight_decay=0, warmup=None, distill_warmup=0,
+                  dtype="float32")  # fmt: skip
     assert recipe.items() <= vars(paper).items()
     assert round(paper.seconds * sdser.SAMPLE_RATE) == 95_744
     assert arguments("--preset", "paper", "--lr", "1e-4").lr == 1e-4
