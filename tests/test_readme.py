@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from string import Template
 
 import pytest
 
@@ -20,6 +21,7 @@ BLOCKS = {
 }
 QUICK = re.findall(r"```sh quick\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line.partition("#")[0] for block in BLOCKS["sh"] for line in block.splitlines()]
+RUNS = re.findall(r'^ *run="(.*)"', README, re.MULTILINE)  # flags of train.py that its loops share
 SCRIPTS = {"train.py": train, "evaluate.py": evaluate, "benchmark_edge.py": benchmark_edge}
 
 
@@ -34,7 +36,9 @@ def test_the_example_for_other_projects_runs(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("command", [line for line in COMMANDS if re.search(r"python [a-z_]+\.py|torchrun", line)])
 def test_the_commands_flags_exist(command):
     name, flags = re.search(r"(\w+\.py)(.*?)(?=$|;|&&)", command).groups()
-    SCRIPTS[name].parse_args(shlex.split(flags.replace("$i", "1")))
+    for run in RUNS if "$run" in flags else [""]:
+        values = dict(fold=1, seed=0, fraction=0.1, run=Template(run).substitute(fold=1, seed=0))
+        SCRIPTS[name].parse_args(shlex.split(Template(flags).substitute(values)))
 
 
 def test_all_flags_that_are_named_exist():
