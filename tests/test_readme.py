@@ -37,7 +37,8 @@ def test_the_example_for_other_projects_runs(tmp_path, monkeypatch, capsys):
 def test_the_commands_flags_exist(command):
     name, flags = re.search(r"(\w+\.py)(.*?)(?=$|;|&&)", command).groups()
     for run in RUNS if "$run" in flags else [""]:
-        values = dict(fold=1, seed=0, fraction=0.1, run=Template(run).substitute(fold=1, seed=0))
+        values = dict(fold=1, seed=0, fraction=0.1)
+        values["run"] = Template(run).substitute(values)
         SCRIPTS[name].parse_args(shlex.split(Template(flags).substitute(values)))
 
 
