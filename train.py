@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 import time
 import warnings
@@ -35,6 +36,7 @@ import sdser
 # What torchrun tells each process: which one it is, on its machine and of all. Alone, a process is 0 of 1.
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 TIMEOUT = timedelta(seconds=120)  # a process that hears nothing of another for so long gives up
+control_c = False  # was pressed: KeyboardInterrupt alone is lost if it is raised within a destructor
 
 # The recipes, side by side; a flag given on the command line wins. toy: from scratch on a CPU in minutes. paper: the
 # paper's recipe. fast: the same method for pre-trained backbones, several times as fast; the one we recommend.
@@ -316,6 +318,8 @@ def train_epoch(model, batches, dataset, optimizer, scheduler, args, steps: int,
     loader = load_batches(dataset, batches, args)
     bar = sdser.progress(None, title, total=len(batches), unit="batch")
     while step := list(islice(loader, args.accumulate)):
+        if control_c:
+            raise KeyboardInterrupt
         step_clips = summed(torch.tensor(sum(len(indices) for indices, *_ in step))).item()
         if not step_clips:
             continue  # none could be read
@@ -536,7 +540,16 @@ def interrupted(out: Path, since: float) -> str:
     return f"interrupted: python train.py --resume --out {out} goes on after epoch {len(load_state(out)['log'])}"
 
 
+def interrupt(*_) -> None:
+    global control_c
+    control_c = True
+    raise KeyboardInterrupt
+
+
 def main(argv=None) -> None:
+    global control_c
+    control_c = False
+    signal.signal(signal.SIGINT, interrupt)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     args, start = parse_args(argv), time.time()
     try:

@@ -17,6 +17,7 @@ import torch
 
 import evaluate
 import sdser
+import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -169,6 +170,21 @@ def test_control_c(corpus, tmp_path, capsys):
     [message] = [line for line in text.read_text().splitlines() if line.startswith("interrupted")]
     assert message == f"interrupted: python train.py --resume --out {out} goes on after epoch {epochs}"
     assert "Traceback" not in text.read_text()
+
+
+def test_control_c_within_a_destructor(corpus, tmp_path, monkeypatch, capsys):
+    """Python prints an exception that a destructor raises, and goes on."""
+
+    class Bar:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    loss, bars = sdser.self_distillation_loss, [Bar()]
+    monkeypatch.setattr(sdser, "self_distillation_loss", lambda *args, **kwargs: bars.clear() or loss(*args, **kwargs))
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    with pytest.raises(SystemExit) as end:
+        train.main(flags_of(corpus, tmp_path / "run", "--epochs", 500))
+    assert end.value.code == 130 and "interrupted: " in capsys.readouterr().err
 
 
 def test_control_c_while_evaluating(monkeypatch, capsys):
