@@ -36,7 +36,7 @@ import sdser
 # What torchrun tells each process: which one it is, on its machine and of all. Alone, a process is 0 of 1.
 RANK, LOCAL_RANK, WORLD = (int(os.environ.get(*pair)) for pair in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
 TIMEOUT = timedelta(seconds=120)  # a process that hears nothing of another for so long gives up
-control_c = False  # was pressed: KeyboardInterrupt alone is lost if it is raised within a destructor
+control_c = False  # whether it was pressed, see on_control_c
 
 # The recipes, side by side; a flag given on the command line wins. toy: from scratch on a CPU in minutes. paper: the
 # paper's recipe. fast: the same method for pre-trained backbones, several times as fast; the one we recommend.
@@ -540,7 +540,8 @@ def interrupted(out: Path, since: float) -> str:
     return f"interrupted: python train.py --resume --out {out} goes on after epoch {len(load_state(out)['log'])}"
 
 
-def interrupt(*_) -> None:
+def on_control_c(*_) -> None:
+    """Stops the run at once or, where a destructor swallows the exception, before the next step."""
     global control_c
     control_c = True
     raise KeyboardInterrupt
@@ -549,7 +550,7 @@ def interrupt(*_) -> None:
 def main(argv=None) -> None:
     global control_c
     control_c = False
-    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, on_control_c)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     args, start = parse_args(argv), time.time()
     try:
