@@ -1,14 +1,16 @@
-"""Times every exit on this machine's CPU, backend by backend, and writes one exit as a file to ship.
+"""Copies of a model that run fast on a CPU; times every exit, backend by backend; writes one exit as a file to ship.
 
     python benchmark_edge.py --backbone base                      # latency needs no trained weights
     python benchmark_edge.py out --budget-ms 80                   # the deepest exit of a trained model that fits
     python benchmark_edge.py out --export model.onnx --exit 3     # one exit in one file: .pt2, .onnx or a folder
 
-Read top to bottom: the flags, the model and its clips, one file to ship, the runners, measuring, the report, the plot.
+Read top to bottom: the flags; `optimize_for_cpu` and what it packs; the model and its clips, one file to ship, the
+runners, measuring, the report, the plot.
 """
 
 import argparse
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -28,10 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import evaluate
 import sdser
+import train
 
+COPIES = ("fp32", "onednn", "bf16", "int8", "compile")  # what `optimize_for_cpu` makes
 ONNXRUNTIME = {"onnxruntime": "fp32", "onnxruntime-int8": "int8"}  # backend -> precision of its file
-BACKENDS = (*sdser.BACKENDS, *ONNXRUNTIME, "auto")
+BACKENDS = (*COPIES, *ONNXRUNTIME, "auto")
 PRECISION = {"bf16": "bf16", "int8": "int8", "onnxruntime-int8": "int8"}  # of the products; the others are fp32
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimddp", "bf16")
 
@@ -72,6 +77,278 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Fast inference on a CPU
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CPUCopy(sdser.MultiExitSER):
+    """What `optimize_for_cpu` returns: a model that answers, and can neither be truncated nor saved."""
+
+    backend: str  # the one of COPIES that it is
+
+    def truncate(self, exit: int):
+        raise ValueError("a copy for the CPU cannot be truncated: truncate the model first, then make the copy")
+
+    def save_pretrained(self, *_, **__):
+        raise ValueError("a copy for the CPU cannot be saved: save the model that it was made from")
+
+
+def optimize_for_cpu(model: sdser.MultiExitSER, backend: str = "auto") -> sdser.MultiExitSER:
+    """A copy for inference on this CPU; the original stays as it is. The copy cannot be trained, truncated or saved.
+
+    Args:
+        backend:
+            fp32     torch's own kernels
+            onednn   weights packed for oneDNN, convolutions as matrix products, GELU fused; exact
+            bf16     onednn in bfloat16, for processors that compute in it (AVX-512 BF16, AMX, Arm); int8 recurrence
+            int8     int8 linears, their inputs quantised as they come, and recurrence; the rest as bf16, or onednn
+            compile  torch.compile: minutes before the first answer, and a C++ compiler
+            auto     the faster of the exact ones, fp32 and onednn, timed here for a second
+    Raises:
+        ValueError: an unknown backend, or one that this machine lacks.
+    """
+    if isinstance(model, CPUCopy):
+        raise ValueError("a copy for the CPU cannot be copied again: give the model it was made from")
+    if backend == "auto":
+        return fastest_exact(model)
+    if backend not in COPIES:
+        raise ValueError(f"backend {backend!r}: give one of {', '.join(COPIES)}, auto")
+    if backend in ("onednn", "bf16", "int8") and not torch.backends.mkldnn.is_available():
+        raise ValueError(f"backend {backend}: this build of torch lacks oneDNN; use fp32")
+    if backend == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise ValueError("backend bf16: this processor does not compute in bfloat16; use onednn or int8")
+
+    # The copy shares the matrices' memory until it packs them; those shared in the end get memory of their own.
+    values = ((id(p), p.detach().cpu()) for p in model.parameters())
+    shared = {key: nn.Parameter(p if p.ndim > 1 else p.clone(), requires_grad=False) for key, p in values}
+    fast = copy.deepcopy(model, shared).eval()
+    fast.__class__, fast.backend = CPUCopy, backend
+    position = fast.backbone.encoder.pos_conv_embed
+    position.conv = fold_weight_norm(position.conv)
+    if backend in ("onednn", "bf16", "int8"):
+        pack(fast, backend)
+    for parameter in fast.parameters():
+        parameter.data = parameter.data.clone()
+    if backend == "compile":
+        fast.forward = torch.compile(fast.forward, dynamic=True)
+    return fast
+
+
+def fold_weight_norm(conv: nn.Conv1d) -> nn.Conv1d:
+    """The position convolution with the weights that its weight norm works out anew at every call."""
+    folded = nn.utils.skip_init(
+        nn.Conv1d, conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, groups=conv.groups
+    ).requires_grad_(False)
+    folded.weight.data, folded.bias.data = conv.weight.detach().clone(), conv.bias.detach()
+    return folded
+
+
+def pack(fast: sdser.MultiExitSER, backend: str) -> None:
+    """Puts the packed parts below in the place of the model's own."""
+    backbone, config = fast.backbone, fast.backbone.config
+    # The residual stream adds up in float32. Convolutions stay out of int8, which their activations outrange: in a
+    # trained model it changed every other label.
+    precision = {"onednn": torch.float32, "bf16": torch.bfloat16, "int8": torch.qint8}[backend]
+    half = backend != "onednn" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dtype = torch.bfloat16 if half else torch.float32
+    layers, position = backbone.feature_extractor.conv_layers, backbone.encoder.pos_conv_embed
+    for i, layer in enumerate(layers):
+        group_norm = i == 0 and config.feat_extract_norm == "group"
+        layers[i] = (NormalizedConv if group_norm else MatrixConv)(layer, dtype)
+    position.conv = PackedPositionConv(position.conv, dtype)
+
+    projection = backbone.feature_projection
+    projection.projection = PackedLinear(projection.projection, precision)
+    for layer in backbone.encoder.layers:
+        feed_forward, gelu = layer.feed_forward, config.hidden_act == "gelu"
+        feed_forward.intermediate_dense = PackedLinear(feed_forward.intermediate_dense, precision, gelu=gelu)
+        feed_forward.intermediate_act_fn = nn.Identity() if gelu else feed_forward.intermediate_act_fn
+        feed_forward.output_dense = PackedLinear(feed_forward.output_dense, precision)
+        if config.model_type != "wavlm":
+            layer.attention = PackedAttention(layer.attention, precision)
+        elif half:
+            layer.attention = HalfAttention(layer.attention)
+    for head in fast.heads.values():
+        if head.kind in ("gru", "lstm") and backend != "onednn":
+            with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):
+                torch.ao.quantization.quantize_dynamic(head, {nn.GRU, nn.LSTM}, torch.qint8, inplace=True)
+        elif head.kind == "gru":
+            head.rnn = PackedGRU(head.rnn)
+
+
+def fastest_exact(model: sdser.MultiExitSER) -> sdser.MultiExitSER:
+    """Of the exact backends, the copy that classifies 3 s of noise fastest."""
+    if not torch.backends.mkldnn.is_available():
+        return optimize_for_cpu(model, "fp32")
+    copies = [optimize_for_cpu(model, backend) for backend in ("fp32", "onednn")]
+    best, stop = [math.inf] * len(copies), time.perf_counter() + 1
+    noise = torch.randn(1, 3 * sdser.SAMPLE_RATE)
+    while time.perf_counter() < stop or math.isinf(best[0]):
+        for i, fast in enumerate(copies):
+            best[i] = min(best[i], fast.classify(noise)[0].milliseconds)
+    return copies[best.index(min(best))]
+
+
+class PackedLinear(nn.Module):
+    """A linear layer, and GELU if asked, its weight laid out for the kernel of one precision.
+
+    Its output is in float32, or bfloat16 if that is the precision. The operators are those that torch.compile calls.
+    """
+
+    def __init__(self, linear: nn.Linear, precision: torch.dtype, gelu: bool = False):
+        super().__init__()
+        self.precision, self.gelu, weight = precision, gelu, linear.weight  # (out, in)
+        if precision == torch.qint8:
+            scale = weight.abs().amax(1).clamp(min=1e-12).double() / 127  # one for each output
+            zero = torch.zeros_like(scale, dtype=torch.int64)
+            weight = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
+            self.packed = torch.ops.quantized.linear_prepack(weight, linear.bias)
+        else:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(precision).contiguous(), 150)  # rows
+            self.bias = None if linear.bias is None else linear.bias.to(precision)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.precision == torch.qint8:
+            x = torch.ops.quantized.linear_dynamic(x.float(), self.packed, reduce_range=True)
+            return torch.ops.aten.gelu_(x) if self.gelu else x
+        kind = "gelu" if self.gelu else "none"
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.precision), self.packed, self.bias, kind, [], "none")
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """The layer of this weight (out, in) and bias."""
+    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), bias=bias is not None, dtype=weight.dtype)
+    layer.weight.data = weight.detach()
+    if bias is not None:
+        layer.bias.data = bias.detach()
+    return layer.requires_grad_(False)
+
+
+class MatrixConv(nn.Module):
+    """A layer of the convolutional encoder as a matrix product: stored time by channel, each window is a row."""
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.kernel, self.stride, self.dtype = layer.conv.kernel_size[0], layer.conv.stride[0], dtype
+        self.norm = getattr(layer, "layer_norm", None)
+        weight = layer.conv.weight.transpose(1, 2).flatten(1)  # (out, kernel * channels)
+        self.product = PackedLinear(linear(weight, layer.conv.bias), dtype, gelu=self.norm is None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(1, 2).contiguous().to(self.dtype)  # (B, T, channels), as the layer before has left it
+        batch, size, channels = x.shape
+        shape = (batch, (size - self.kernel) // self.stride + 1, self.kernel * channels)
+        x = self.product(x.as_strided(shape, (size * channels, self.stride * channels, 1)))  # (B, frames, out)
+        return (x if self.norm is None else F.gelu(self.norm(x))).transpose(1, 2)  # (B, out, frames)
+
+
+class NormalizedConv(nn.Module):
+    """The first layer of "base" models, convolution, GroupNorm over time, GELU, in one pass over its large output.
+
+    Convolution is linear: mean and covariance of its windows, a few samples wide, give mean and variance of its
+    outputs, so that the norm becomes a scale and a shift of the weights.
+    """
+
+    def __init__(self, layer: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.conv, self.layer_norm, self.activation = layer.conv, layer.layer_norm, layer.activation
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1:
+            return self.activation(self.layer_norm(self.conv(x)))
+        windows = x[0, 0].unfold(-1, self.conv.kernel_size[0], self.conv.stride[0])  # (frames, kernel)
+        weight, norm = self.conv.weight[:, 0].double(), self.layer_norm  # (out, kernel)
+        mean = windows.double().mean(0)
+        covariance = torch.cov(windows.double().T, correction=0)
+        variance = ((weight @ covariance) * weight).sum(1)  # (out,)
+        weight = weight * (norm.weight * torch.rsqrt(variance + norm.eps))[:, None]
+        bias = norm.bias - weight @ mean  # the convolution's own bias is in the mean, and cancels
+        windows, weight, bias = (t.to(self.dtype).contiguous() for t in (windows, weight, bias))
+        x = torch.ops.mkldnn._linear_pointwise(windows, weight, bias, "gelu", [], "none")
+        return x.T[None]  # (1, out, frames)
+
+
+class PackedPositionConv(nn.Module):
+    """The position convolution, its weight laid out for clips of 3 s and more."""
+
+    FRAMES = 150  # for fewer, oneDNN would take another layout, or with this one in bfloat16 a hundred times as long
+
+    def __init__(self, conv: nn.Conv1d, dtype: torch.dtype):
+        super().__init__()
+        self.bias, self.dtype = nn.Parameter(conv.bias.to(dtype), requires_grad=False), dtype
+        self.kernel = conv.kernel_size[0]
+        self.how = [0, conv.padding[0]], [1, 1], [1, 1], conv.groups  # padding, stride, dilation of a 2-D convolution
+        shape = [1, conv.in_channels, 1, self.FRAMES]
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight[:, :, None].to(dtype), *self.how, shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[2]  # (B, D, T); a frame more comes out where the kernel is even
+        x = F.pad(x, (0, max(0, self.FRAMES - size)))[:, :, None]
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        y = convolve(x.to(self.dtype), self.weight, self.bias, *self.how, "none", [], "").to(x.dtype)
+        return y[:, :, 0, : size + 2 * self.how[0][1] - self.kernel + 1]
+
+
+class PackedAttention(nn.Module):
+    """Self-attention of wav2vec 2.0 and HuBERT, with one product for queries, keys and values."""
+
+    def __init__(self, attention: nn.Module, precision: torch.dtype):
+        super().__init__()
+        query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+        weight = torch.cat([query.weight * attention.scaling, key.weight, value.weight])
+        bias = torch.cat([query.bias * attention.scaling, key.bias, value.bias])
+        self.project, self.heads = PackedLinear(linear(weight, bias), precision), attention.num_heads
+        self.out = PackedLinear(attention.out_proj, precision)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_) -> tuple[Tensor, None]:
+        x = self.project(hidden_states).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, heads, D / heads)
+        query, key, value = x.transpose(1, 3).unbind(2)  # (B, heads, T, D / heads)
+        if x.dtype == torch.bfloat16 and attention_mask is None and x.shape[1] < 1000:
+            x = (query @ key.mT).softmax(-1) @ value  # faster than torch's fused kernel in bfloat16, but T² of memory
+        else:
+            x = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=1.0)
+        return self.out(x.transpose(1, 2).flatten(2)), None
+
+
+class HalfAttention(nn.Module):
+    """WavLM's attention, a function of torch's own, in bfloat16."""
+
+    def __init__(self, attention: nn.Module):
+        super().__init__()
+        self.attention = attention.bfloat16()
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple:
+        return self.attention(hidden_states.bfloat16(), *args, **kwargs)
+
+
+class PackedGRU(nn.Module):
+    """One layer of nn.GRU, batch first, from a zero state."""
+
+    def __init__(self, gru: nn.GRU):
+        super().__init__()
+        self.project = PackedLinear(linear(gru.weight_ih_l0, gru.bias_ih_l0), torch.float32)
+        self.recur = PackedLinear(linear(gru.weight_hh_l0, gru.bias_hh_l0), torch.float32)
+        self.width = gru.hidden_size
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        sizes, states = [2 * self.width, self.width], []
+        state = x.new_zeros(len(x), self.width)
+        # what each frame adds to the two gates, and to the new state
+        for gates, new in zip(*(part.unbind(1) for part in self.project(x).split(sizes, -1))):
+            recurrent_gates, recurrent_new = self.recur(state).split(sizes, -1)
+            reset, update = (gates + recurrent_gates).sigmoid_().chunk(2, -1)
+            state = torch.addcmul(new, reset, recurrent_new).tanh_().lerp_(state, update)
+            states.append(state)
+        return torch.stack(states, 1), None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmark
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 # -- the model and its clips ------------------------------------------------------------------------------------------
 
 
@@ -91,11 +368,11 @@ def load_clips(args) -> list[Tensor]:
     """Eight waveforms (T,): the checkpoint's own test clips where they are at hand, else synthetic voices."""
     split = Path(args.checkpoint or "", "split.csv")
     if args.checkpoint and split.is_file():
-        test = [clip.path for clip in sdser.load_corpus(split) if clip.split == "test"]
+        test = [clip.path for clip in train.load_corpus(split) if clip.split == "test"]
         with contextlib.suppress(OSError, ValueError):
             return [sdser.load_audio(path, sdser.MAX_SECONDS) for path in test[:: math.ceil(len(test) / 8)]]
     rng = np.random.default_rng(0)
-    voices = [sdser.synthesize(prosody, pitch, 1.0, rng) for prosody in sdser.PROSODY.values() for pitch in (110, 200)]
+    voices = [train.synthesize(prosody, pitch, 1.0, rng) for prosody in train.PROSODY.values() for pitch in (110, 200)]
     return [torch.from_numpy(voice) for voice in voices]
 
 
@@ -136,7 +413,7 @@ def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str):
     if ending == "folder":
         small.save_pretrained(path)
         return Shipped(sdser.MultiExitSER.from_pretrained(path))
-    small = sdser.optimize_for_cpu(small, "fp32")
+    small = optimize_for_cpu(small, "fp32")
     if backend == "bf16":
         small.backbone.bfloat16()
     with tempfile.TemporaryDirectory(dir=Path(path).absolute().parent, prefix=".export-") as folder:
@@ -262,7 +539,7 @@ def make_runners(model, exits: list[int], backends: list[str], threads: list[int
                 export(model, exit, ONNXRUNTIME[backend], path)
                 runners |= {(exit, backend, count): onnxruntime_runner(path, count) for count in threads}
             continue
-        fast = sdser.optimize_for_cpu(model, backend)
+        fast = optimize_for_cpu(model, backend)
         for exit in exits:
             run = lambda waveform, fast=fast, exit=exit: fast(waveform, exit=exit)[0].logits.softmax(-1)  # noqa: E731
             runners |= {(exit, fast.backend, count): run for count in threads}
@@ -297,7 +574,7 @@ def matrix_products(precision: str) -> list:
         x, weight, flops = torch.randn(rows, inner), torch.randn(columns, inner), 2 * rows * inner * columns
         kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.qint8}[precision]
         if torch.backends.mkldnn.is_available():
-            packed = sdser.PackedLinear(sdser.linear(weight, None), kind)
+            packed = PackedLinear(linear(weight, None), kind)
             products.append((lambda x=x, packed=packed: packed(x), flops))
         if precision != "int8":
             x, weight = x.to(kind), weight.to(kind)
@@ -348,10 +625,10 @@ except OSError:
 print(peak)
 """
 RUN_TORCH = """
-import sys, torch, sdser
+import sys, torch, sdser, benchmark_edge
 folder, backend, seconds, threads = sys.argv[1:]
 torch.set_num_threads(int(threads))
-model = sdser.optimize_for_cpu(sdser.MultiExitSER.from_pretrained(folder), backend)
+model = benchmark_edge.optimize_for_cpu(sdser.MultiExitSER.from_pretrained(folder), backend)
 model.classify([0.1 * torch.randn(round(float(seconds) * sdser.SAMPLE_RATE))])
 """
 RUN_ONNXRUNTIME = """
@@ -424,7 +701,7 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
     rows = []
     for (exit, backend, threads, seconds), milliseconds in times.items():
         p50, p95 = np.percentile(milliseconds, [50, 95])
-        macs = int(sdser.count_macs(model, lengths[seconds], exit))
+        macs = int(evaluate.count_macs(model, lengths[seconds], exit))
         gflops = 2 * macs / p50 / 1e6
         rows.append({
             "exit": exit, "backend": backend, "seconds": seconds, "threads": threads,
@@ -525,9 +802,8 @@ def plot(results: dict, args) -> None:
 
 
 def main(argv=None) -> None:
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     args = parse_args(argv)
-    try:
+    with train.script():
         model = load_model(args)
         if args.export:
             return ship(model, args)
@@ -544,13 +820,7 @@ def main(argv=None) -> None:
             plot(results, args)
         if args.json:
             text = json.dumps(results, indent=2)
-            print(text) if args.json == "-" else Path(args.json).write_text(text)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+            print(text) if args.json == "-" else train.write_text(args.json, text)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import sdser
+import train
 
 THRESHOLDS = np.linspace(0, 1, 101)
 DRAWS = 2000  # of the bootstrap
@@ -114,7 +115,7 @@ class Scored(NamedTuple):
 
     checkpoint: str
     model: sdser.MultiExitSER
-    clips: list[sdser.Clip]
+    clips: list[train.Clip]
     seconds: np.ndarray  # (N,)
     logits: torch.Tensor  # (exits, N, C)
 
@@ -132,26 +133,26 @@ class Scored(NamedTuple):
         return torch.stack([*self.logits.argmax(-1), sdser.fuse(self.logits).argmax(-1)]).numpy()
 
 
-def own_clips(checkpoint: str) -> list[sdser.Clip]:
+def own_clips(checkpoint: str) -> list[train.Clip]:
     """The clips that train.py listed in the checkpoint's split.csv."""
     path = os.path.join(checkpoint, "split.csv")
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"{checkpoint}: holds no split.csv, so its test clips are unknown; name a corpus by --data"
         )
-    return sdser.load_corpus(path)
+    return train.load_corpus(path)
 
 
-def choose_clips(checkpoint: str, model: sdser.MultiExitSER, args) -> tuple[list[sdser.Clip], str]:
+def choose_clips(checkpoint: str, model: sdser.MultiExitSER, args) -> tuple[list[train.Clip], str]:
     """The clips to score, of the checkpoint's own splits or of --data that it was not trained on; and which split."""
     if args.data is None:
         clips, split = own_clips(checkpoint), args.split or "test"
     else:
-        clips, split = sdser.load_corpus(args.data), args.split
+        clips, split = train.load_corpus(args.data), args.split
         if any(clip.split for clip in clips):
             split = split or "test"
         elif split not in (None, "all"):
-            clips = sdser.split_clips(clips)
+            clips = train.split_clips(clips)
         if os.path.isfile(os.path.join(checkpoint, "split.csv")):
             refuse_training_clips(checkpoint, [clip for clip in clips if split in (None, "all", clip.split)], args.data)
     clips = [clip for clip in clips if split in (None, "all", clip.split)]
@@ -173,7 +174,7 @@ def choose_clips(checkpoint: str, model: sdser.MultiExitSER, args) -> tuple[list
     return known, split or "all"
 
 
-def refuse_training_clips(checkpoint: str, clips: list[sdser.Clip], source: str) -> None:
+def refuse_training_clips(checkpoint: str, clips: list[train.Clip], source: str) -> None:
     """Raises ValueError if the model was trained on one of the clips, known by path, or by file name and speaker."""
     trained = [clip for clip in own_clips(checkpoint) if clip.split == "train"]
     paths = {clip.path for clip in trained}
@@ -187,9 +188,9 @@ def refuse_training_clips(checkpoint: str, clips: list[sdser.Clip], source: str)
 
 
 def score(checkpoint: str, model, clips, args) -> Scored:
-    seconds = [sdser.audio_seconds(clip.path, sdser.MAX_SECONDS) for clip in clips]
+    seconds = [train.audio_seconds(clip.path, sdser.MAX_SECONDS) for clip in clips]
     paths = [clip.path for clip in clips]
-    logits, _ = sdser.predict(model, paths, seconds, batch_size=args.batch_size, workers=args.workers)
+    logits, _ = train.predict(model, paths, seconds, batch_size=args.batch_size, workers=args.workers)
     return Scored(checkpoint, model, clips, np.array(seconds), logits)
 
 
@@ -282,7 +283,7 @@ def exit_index(logits: torch.Tensor, threshold: float) -> np.ndarray:
 def adaptive_macs(run: Scored) -> np.ndarray:
     """What a clip that leaves at an exit has cost, all heads on its way included: (exits, N)."""
     exits = run.model.exits
-    return np.stack([sdser.count_macs(run.model, run.samples, k, exits[: i + 1]) for i, k in enumerate(exits)])
+    return np.stack([count_macs(run.model, run.samples, k, exits[: i + 1]) for i, k in enumerate(exits)])
 
 
 def describe_adaptive(runs: list[Scored], indices: list[np.ndarray], predictions: list[np.ndarray]) -> dict:
@@ -320,12 +321,10 @@ def calibrate(run: Scored, args) -> tuple[float, Scored] | None:
     good = [row for row in sweep([dev]) if row["uar"] >= deepest - args.tolerance]
     threshold = min(good, key=lambda row: row["macs_per_second"])["threshold"] if good else 1.0
     run.model.threshold = threshold
-    config = Path(run.checkpoint) / "config.json"
     try:
-        config.with_suffix(".tmp").write_text(json.dumps(run.model.config, indent=2))
-        os.replace(config.with_suffix(".tmp"), config)
-    except OSError as error:
-        warnings.warn(f"{config}: the threshold is not kept ({error.strerror})", stacklevel=2)
+        train.write_text(os.path.join(run.checkpoint, "config.json"), json.dumps(run.model.arguments, indent=2))
+    except ValueError as error:
+        warnings.warn(f"the threshold is not kept: {error}", stacklevel=2)
     return threshold, dev
 
 
@@ -335,7 +334,7 @@ def run_adaptive(run: Scored, threshold: float, args) -> tuple[np.ndarray, np.nd
     index, predictions = np.zeros(len(run.clips), dtype=int), np.zeros(len(run.clips), dtype=int)
     paths = [clip.path for clip in run.clips]
     loading = dict(batch_size=args.batch_size, workers=args.workers)
-    for i, waveforms, lengths in sdser.file_batches(paths, run.seconds, run.model.tile_seconds, **loading):
+    for i, waveforms, lengths in train.file_batches(paths, run.seconds, run.model.tile_seconds, **loading):
         logits, exits = run.model.early_exit(waveforms.to(args.device), lengths.to(args.device), threshold)
         index[i] = np.searchsorted(run.model.exits, exits.cpu().numpy())
         predictions[i] = logits.argmax(-1).cpu().numpy()
@@ -343,6 +342,40 @@ def run_adaptive(run: Scored, threshold: float, args) -> tuple[np.ndarray, np.nd
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------
+
+
+def count_macs(model: sdser.MultiExitSER, samples, exit: int, heads: list[int] | None = None):
+    """Multiply-accumulates of the matrix products and convolutions that answer for one clip at an exit.
+
+    Args:
+        samples: the clip's length at 16 kHz, an int or an array of them (not tiled yet).
+        heads: exits whose heads run; default: that exit's alone. Early exit runs all on its way.
+    Returns:
+        int64, as many as lengths were given.
+    """
+    config = model.backbone.config
+    t = np.asarray(samples, dtype=np.int64)
+    if model.tile_seconds:
+        t = np.full_like(t, round(model.tile_seconds * sdser.SAMPLE_RATE))
+    d, inner, channels = config.hidden_size, config.intermediate_size, 1
+    total = np.zeros_like(t)
+    for width, kernel, stride in zip(config.conv_dim, config.conv_kernel, config.conv_stride):
+        t = (t - kernel) // stride + 1  # samples become frames
+        total += t * width * channels * kernel
+        channels = width
+    total += t * channels * d  # feature projection
+    # the position convolution pads both ends by half its kernel, and drops the frame that an even kernel adds
+    kernel = config.num_conv_pos_embeddings
+    total += (t + (kernel + 1) % 2) * d * (d // config.num_conv_pos_embedding_groups) * kernel
+    layer = t * (4 * d * d + 2 * d * inner) + 2 * t * t * d  # projections and feed-forward; attention
+    if config.model_type == "wavlm":
+        layer += t * d * 8  # the gate of the position bias
+    total += exit * layer
+    for k in [exit] if heads is None else heads:
+        kind = model.head_kinds[model.exits.index(k)]
+        per_frame = {"gru": 6 * d * d, "lstm": 8 * d * d, "attention": d, "mean": 0}[kind] + d  # + the weighted mean
+        total += t * per_frame + 256 * (d + len(model.labels))
+    return total
 
 
 def time_clips(run: Scored, threshold: float | None, clips: int = 10, rounds: int = 3) -> dict:
@@ -365,7 +398,7 @@ def time_clips(run: Scored, threshold: float | None, clips: int = 10, rounds: in
 
 def macs_per_second(runs: list[Scored], exit: int) -> float:
     """Multiply-accumulates per second of audio, over all clips."""
-    macs = sum(sdser.count_macs(run.model, run.samples, exit).sum() for run in runs)
+    macs = sum(count_macs(run.model, run.samples, exit).sum() for run in runs)
     return float(macs / sum(run.seconds.sum() for run in runs))
 
 
@@ -545,9 +578,8 @@ def plot(results: dict, folder: str) -> list[str]:
 
 
 def main(argv=None) -> None:
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     args = parse_args(argv)
-    try:
+    with train.script():
         if args.audio:
             sys.exit(classify_files(args))
         if args.plot:  # before the work, not after it
@@ -563,13 +595,7 @@ def main(argv=None) -> None:
             print("\nplots:", ", ".join(plot(results, args.plot)), file=sys.stderr if args.json == "-" else sys.stdout)
         if args.json:
             text = json.dumps(results, indent=2)
-            print(text) if args.json == "-" else Path(args.json).write_text(text)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+            print(text) if args.json == "-" else train.write_text(args.json, text)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from transformers import HubertConfig, Wav2Vec2Config, WavLMConfig
 
 import sdser
+import train
 
 # Six layouts: three backbones, each with the norm of "base" models (GroupNorm, post-LN) and of "large" ones (pre-LN).
 TINY = dict(
@@ -65,7 +66,7 @@ def corpus(tmp_path_factory) -> Path:
     for speaker in range(6):
         for label in ("anger", "sadness"):
             for n in range(3):
-                wave = sdser.synthesize(sdser.PROSODY[label], 100 + 20 * speaker, 1.0, rng)
+                wave = train.synthesize(train.PROSODY[label], 100 + 20 * speaker, 1.0, rng)
                 name = f"{speaker}-{label}-{n}.wav"
                 soundfile.write(folder / name, wave[: 6000 + 1000 * n], 16000)
                 rows.append(f"{name},{label},s{speaker}")

@@ -64,7 +64,7 @@ def read_damaged_audio(folder, log) -> None:
             read = []
             for _ in range(120):
                 path.write_bytes(damaged(content, rng, 100))
-                outcome(path, sdser.audio_seconds, path)
+                outcome(path, train.audio_seconds, path)
                 read.append(outcome(path, sdser.load_audio, path))
             assert 0 < sum(read) < len(read), source
 
@@ -85,7 +85,7 @@ def test_audio_cut_anywhere_in_its_header(wav, ending):
     content = path.read_bytes()
     for size in [*range(1, 120), len(content) - 1]:
         path.write_bytes(content[:size])
-        assert not outcome(path, sdser.load_audio, path) and not outcome(path, sdser.audio_seconds, path)
+        assert not outcome(path, sdser.load_audio, path) and not outcome(path, train.audio_seconds, path)
 
 
 def test_a_flac_that_declares_19_hours(wav):
@@ -94,7 +94,7 @@ def test_a_flac_that_declares_19_hours(wav):
     content[22:26] = b"\xff\xff\xff\xff"  # the number of samples
     path.write_bytes(content)
     assert soundfile.info(path).duration > 19 * 3600
-    assert not outcome(path, sdser.load_audio, path) and not outcome(path, sdser.audio_seconds, path)
+    assert not outcome(path, sdser.load_audio, path) and not outcome(path, train.audio_seconds, path)
 
 
 def test_a_wrong_ending_is_no_matter_and_rates_beyond_belief_are_refused(wav):
@@ -103,7 +103,7 @@ def test_a_wrong_ending_is_no_matter_and_rates_beyond_belief_are_refused(wav):
     for rate in (999, 1_000_001, 2_000_000_000):  # resampling from 2 GHz would take gigabytes
         path = wav(TONE, rate=rate)
         with pytest.raises(ValueError, match=f"a sample rate of {rate} Hz cannot be right"):
-            sdser.audio_seconds(path)
+            train.audio_seconds(path)
 
 
 @pytest.mark.parametrize("window", ["natural", "tile"])
@@ -112,7 +112,7 @@ def test_an_hour_long_training_clip_costs_its_crop(tmp_path, window):
     with soundfile.SoundFile(tmp_path / "hour.wav", "w", 8000, 1, subtype="PCM_U8") as file:
         for _ in range(60):
             file.write(rng.uniform(-0.5, 0.5, 60 * 8000))
-    clip = sdser.Clip(str(tmp_path / "hour.wav"), "anger", "s0", "train")
+    clip = train.Clip(str(tmp_path / "hour.wav"), "anger", "s0", "train")
     args = train.complete_args(train.parse_args(["--window", window, "--seconds", "3"]))[0]
     dataset = train.TrainingClips([clip], ["anger"], args)
     dataset[0]  # imports the resampler
@@ -149,10 +149,10 @@ def test_damaged_manifests(tmp_path, name):
     content, read = MANIFESTS[name].encode("utf-8-sig"), []
     for _ in range(600):
         path.write_bytes(damaged(content, rng, len(content)))
-        read.append(outcome(path, sdser.load_corpus, path))
+        read.append(outcome(path, train.load_corpus, path))
         if read[-1]:
-            clips = sdser.load_corpus(path)
-            assert all(clip.path and clip.label and clip.split in (None, *sdser.SPLITS) for clip in clips)
+            clips = train.load_corpus(path)
+            assert all(clip.path and clip.label and clip.split in (None, *train.SPLITS) for clip in clips)
     assert 0 < sum(read) < len(read)
 
 
@@ -163,12 +163,12 @@ def test_manifests_made_to_overwhelm(tmp_path, text):
     for ending in ("csv", "tsv", "jsonl"):
         path = tmp_path / f"a.{ending}"
         path.write_text("path,label\n" + text if ending == "csv" else text)
-        outcome(path, sdser.load_corpus, path)
+        outcome(path, train.load_corpus, path)
 
 
 def test_rows_given_twice_are_two_clips(tmp_path):
     (tmp_path / "a.csv").write_text("path,label,speaker\nx.wav,joy,s\nx.wav,joy,s\n")
-    first, second = sdser.load_corpus(tmp_path / "a.csv")
+    first, second = train.load_corpus(tmp_path / "a.csv")
     assert first == second
 
 
@@ -234,7 +234,7 @@ def test_a_symlink_in_an_archive_leads_nowhere(tmp_path):
         file.writestr(link, str(tmp_path / "target"))
         file.writestr("wav/03a01Fa.wav", b"RIFF")
     (tmp_path / "target").mkdir()
-    assert not outcome("a.zip", sdser.unpack, str(tmp_path / "a.zip"), str(tmp_path / "out"), "a.zip")
+    assert not outcome("a.zip", train.unpack, str(tmp_path / "a.zip"), str(tmp_path / "out"), "a.zip")
     assert not list((tmp_path / "target").iterdir())
     assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
 
@@ -247,7 +247,7 @@ def test_damaged_archives(tmp_path):
     content = path.read_bytes()
     for i in range(300):
         path.write_bytes(damaged(content, rng, len(content)))
-        outcome("a.zip", sdser.unpack, str(path), str(tmp_path / "unpacked" / str(i)), "a.zip")
+        outcome("a.zip", train.unpack, str(path), str(tmp_path / "unpacked" / str(i)), "a.zip")
     size = sum(file.stat().st_size for file in (tmp_path / "unpacked").rglob("*") if file.is_file())
     assert size <= 300 * 5000
     assert {file.name for file in tmp_path.iterdir()} == {"a.zip", "unpacked"}

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import soundfile
 
-import sdser
-from sdser import Clip
+import train
+from train import Clip
 
 NAMES = {
     "ravdess": {
@@ -52,7 +52,7 @@ def touch(folder, *names):
 
 @pytest.mark.parametrize("corpus", NAMES)
 def test_known_file_names(tmp_path, corpus):
-    clips = sdser.load_corpus(touch(tmp_path, *NAMES[corpus]))
+    clips = train.load_corpus(touch(tmp_path, *NAMES[corpus]))
     expected = {(str(tmp_path / name), *meaning, None) for name, meaning in NAMES[corpus].items()}
     assert set(clips) == expected and clips == sorted(clips)
 
@@ -60,7 +60,7 @@ def test_known_file_names(tmp_path, corpus):
 def test_other_files_are_left_out_with_a_warning(tmp_path):
     speech, song = "03-01-06-01-02-01-12.wav", "03-02-06-01-02-01-12.wav"
     with pytest.warns(UserWarning, match="1 of 2 audio files are not RAVDESS speech, left out"):
-        [clip] = sdser.load_corpus(touch(tmp_path, speech, song, "._" + speech, "notes.txt"))
+        [clip] = train.load_corpus(touch(tmp_path, speech, song, "._" + speech, "notes.txt"))
     assert clip.path.endswith(speech)
 
 
@@ -76,12 +76,12 @@ def test_other_files_are_left_out_with_a_warning(tmp_path):
 )
 def test_folders_that_are_no_corpus(tmp_path, names, message):
     with pytest.raises(ValueError, match=message):
-        sdser.load_corpus(touch(tmp_path, *names))
+        train.load_corpus(touch(tmp_path, *names))
 
 
 def test_unknown_source():
     with pytest.raises(FileNotFoundError, match="iemocap: no such folder or manifest"):
-        sdser.load_corpus("iemocap")
+        train.load_corpus("iemocap")
 
 
 # -- manifests --------------------------------------------------------------------------------------------------------
@@ -96,37 +96,37 @@ def write(path, text, encoding="utf-8"):
 def test_csv(tmp_path):
     text = 'label,path,speaker,split,note\r\njoy,"a, b.wav",S1,train,x\r\nSorge,/abs/ü.wav,S2,devel,\r\n\r\n'
     manifest = write(tmp_path / "list.csv", text, "utf-8-sig")
-    assert sdser.load_corpus(manifest) == [
+    assert train.load_corpus(manifest) == [
         Clip(str(tmp_path / "a, b.wav"), "joy", "S1", "train"), Clip("/abs/ü.wav", "Sorge", "S2", "dev"),
     ]  # fmt: skip
 
 
 def test_tsv_without_speakers(tmp_path):
     manifest = write(tmp_path / "list.tsv", "path\tlabel\nx.wav\tjoy\n")
-    assert sdser.load_corpus(manifest) == [Clip(str(tmp_path / "x.wav"), "joy", None, None)]
+    assert train.load_corpus(manifest) == [Clip(str(tmp_path / "x.wav"), "joy", None, None)]
 
 
 def test_emobox_jsonl(tmp_path):
     rows = [{"key": "1", "dataset": "emodb", "wav": "wav/1.wav", "sample_rate": 16000, "length": 1.9, "emo": "hap"}]
     manifest = write(tmp_path / "train.jsonl", "\n".join(map(json.dumps, rows)) + "\n")
-    assert sdser.load_corpus(manifest) == [Clip(str(tmp_path / "wav/1.wav"), "hap", None, None)]
+    assert train.load_corpus(manifest) == [Clip(str(tmp_path / "wav/1.wav"), "hap", None, None)]
 
 
 def test_numbers_serve_as_labels_and_speakers(tmp_path):
     manifest = write(tmp_path / "a.jsonl", '{"wav": "./a/../x.wav", "emo": 0, "speaker": 0, "split": "train"}\n')
-    assert sdser.load_corpus(manifest) == [Clip(str(tmp_path / "x.wav"), "0", "0", "train")]
+    assert train.load_corpus(manifest) == [Clip(str(tmp_path / "x.wav"), "0", "0", "train")]
 
 
 @pytest.mark.parametrize("header", ["emotion_class\tfilename", "label\tx", "x\tfilename"])
 def test_tsv_of_two_columns_in_other_order(tmp_path, header):
     manifest = write(tmp_path / "list.tsv", f"{header}\njoy\tx.wav\n")
-    assert sdser.load_corpus(manifest) == [Clip(str(tmp_path / "x.wav"), "joy", None, None)]
+    assert train.load_corpus(manifest) == [Clip(str(tmp_path / "x.wav"), "joy", None, None)]
 
 
 def test_folder_of_the_authors_lists(tmp_path):
     for name in ("train", "devel", "test"):
         write(tmp_path / f"{name}.tsv", f"filename\temotion_class\n{name}1.wav\tjoy\n{name}2.wav\tanger\n")
-    clips = sdser.split_clips(sdser.load_corpus(tmp_path))
+    clips = train.split_clips(train.load_corpus(tmp_path))
     assert [(clip.label, clip.split) for clip in clips] == [
         (label, split) for split in ("train", "dev", "test") for label in ("joy", "anger")
     ]
@@ -155,14 +155,14 @@ def test_folder_of_the_authors_lists(tmp_path):
 def test_bad_manifests(tmp_path, name, text, message):
     manifest = write(tmp_path / name, text, "latin-1")
     with pytest.raises(ValueError, match=f"^{manifest}.*{message}"):
-        sdser.load_corpus(manifest)
+        train.load_corpus(manifest)
 
 
 def test_two_manifests_for_a_split(tmp_path):
     for name in ("dev.csv", "devel.csv"):
         write(tmp_path / name, "path,label\nx.wav,joy\n")
     with pytest.raises(ValueError, match="both give the split dev"):
-        sdser.load_corpus(tmp_path)
+        train.load_corpus(tmp_path)
 
 
 # -- splits -----------------------------------------------------------------------------------------------------------
@@ -183,21 +183,21 @@ def speakers_of(clips, split):
 
 @pytest.mark.parametrize("fold", [None, (1, 3), (2, 5), (5, 5)])
 def test_splits_share_no_speaker_and_miss_no_label(fold):
-    clips = sdser.split_clips(made_up(10), fold)
-    groups = [speakers_of(clips, split) for split in sdser.SPLITS]
+    clips = train.split_clips(made_up(10), fold)
+    groups = [speakers_of(clips, split) for split in train.SPLITS]
     assert sum(map(len, groups)) == len(set().union(*groups)) == 10
-    assert all({clip.label for clip in clips if clip.split == split} == {"a", "b"} for split in sdser.SPLITS)
-    assert clips == sdser.split_clips(made_up(10), fold)  # no seed
+    assert all({clip.label for clip in clips if clip.split == split} == {"a", "b"} for split in train.SPLITS)
+    assert clips == train.split_clips(made_up(10), fold)  # no seed
 
 
 def test_default_split_is_40_30_30():
-    clips = sdser.split_clips(made_up(20))
+    clips = train.split_clips(made_up(20))
     shares = {split: n / len(clips) for split, n in Counter(clip.split for clip in clips).items()}
     assert shares == pytest.approx({"train": 0.4, "dev": 0.3, "test": 0.3}, abs=0.04)
 
 
 def test_folds_test_every_clip_once_in_balanced_groups():
-    folds = [sdser.split_clips(made_up(10), (i, 5)) for i in range(1, 6)]
+    folds = [train.split_clips(made_up(10), (i, 5)) for i in range(1, 6)]
     tested = Counter(clip.path for clips in folds for clip in clips if clip.split == "test")
     assert set(tested.values()) == {1} and len(tested) == len(made_up(10))
     sizes = [sum(clip.split == "test" for clip in clips) for clips in folds]
@@ -209,18 +209,18 @@ def test_folds_test_every_clip_once_in_balanced_groups():
 def test_labels_that_few_speakers_have_are_dealt_to_all_splits():
     clips = [Clip(f"{s}-{n}", "a", f"s{s}") for s in range(9) for n in range(20 - s)]
     clips += [Clip(f"{s}-rare", "rare", f"s{s}") for s in (0, 3, 4)]  # a greedy deal puts two of them together
-    clips = sdser.split_clips(clips)
-    assert all("rare" in {clip.label for clip in clips if clip.split == split} for split in sdser.SPLITS)
+    clips = train.split_clips(clips)
+    assert all("rare" in {clip.label for clip in clips if clip.split == split} for split in train.SPLITS)
 
 
 def test_a_manifests_own_splits_win():
-    clips = [Clip(f"{split}-{label}", label, split, split) for split in sdser.SPLITS for label in "ab"]
-    assert sdser.split_clips(clips) == clips
+    clips = [Clip(f"{split}-{label}", label, split, split) for split in train.SPLITS for label in "ab"]
+    assert train.split_clips(clips) == clips
     with pytest.warns(UserWarning, match="--fold is ignored"):
-        assert sdser.split_clips(clips, (1, 3)) == clips
+        assert train.split_clips(clips, (1, 3)) == clips
 
 
-OWN = [Clip(f"{split}-{label}", label, f"s{split}", split) for split in sdser.SPLITS for label in "ab"]
+OWN = [Clip(f"{split}-{label}", label, f"s{split}", split) for split in train.SPLITS for label in "ab"]
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ OWN = [Clip(f"{split}-{label}", label, f"s{split}", split) for split in sdser.SP
 )
 def test_splits_that_cannot_be(clips, fold, message):
     with pytest.raises(ValueError, match=message):
-        sdser.split_clips(clips, fold)
+        train.split_clips(clips, fold)
 
 
 # -- downloads --------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def served(tmp_path, monkeypatch):
                 file.writestr(name, content)
         md5 = hashlib.md5(archive.read_bytes()).hexdigest() if md5 == "right" else md5
         url = f"http://127.0.0.1:{server.server_port}/{'nothing' if missing else 'corpus.zip'}"
-        monkeypatch.setitem(sdser.DOWNLOADS, "emodb", sdser.Download(url, md5, clips, "CC0 1.0"))
+        monkeypatch.setitem(train.DOWNLOADS, "emodb", train.Download(url, md5, clips, "CC0 1.0"))
 
     yield serve
     server.shutdown()
@@ -283,19 +283,19 @@ WAVS = {"wav/03a01Fa.wav": b"RIFF", "wav/08a02Wc.wav": b"RIFF", "readme.txt": b"
 
 
 def cached():
-    return os.listdir(sdser.cache_folder()) if sdser.cache_folder().exists() else []
+    return os.listdir(train.cache_folder()) if train.cache_folder().exists() else []
 
 
 @pytest.mark.parametrize("md5", [None, "right"])
 def test_download_once(served, md5, capsys):
     served(WAVS, md5)
-    clips = sdser.load_corpus("emodb")
+    clips = train.load_corpus("emodb")
     assert [(clip.label, clip.speaker) for clip in clips] == [("happiness", "03"), ("anger", "08")]
     assert all(os.path.isfile(clip.path) for clip in clips)
     assert cached() == ["emodb"]
     assert "CC0" in capsys.readouterr().err
     served({}, missing=True)
-    assert sdser.load_corpus("emodb") == clips  # from the cache
+    assert train.load_corpus("emodb") == clips  # from the cache
 
 
 @pytest.mark.parametrize(
@@ -313,14 +313,14 @@ def test_download_once(served, md5, capsys):
 def test_bad_downloads_leave_nothing(served, members, arguments, message):
     served(members, **arguments)
     with pytest.raises(ValueError, match=rf"^http://127.0.0.1.*({message})"):
-        sdser.load_corpus("emodb")
+        train.load_corpus("emodb")
     assert cached() == []
 
 
 def test_a_server_that_speaks_no_http(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/corpus.zip"
-        monkeypatch.setitem(sdser.DOWNLOADS, "emodb", sdser.Download(url, None, 2, "CC0 1.0"))
+        monkeypatch.setitem(train.DOWNLOADS, "emodb", train.Download(url, None, 2, "CC0 1.0"))
 
         def answer():
             connection, _ = server.accept()
@@ -330,31 +330,31 @@ def test_a_server_that_speaks_no_http(monkeypatch):
 
         threading.Thread(target=answer, daemon=True).start()
         with pytest.raises(ValueError, match="the download failed"):
-            sdser.load_corpus("emodb")
+            train.load_corpus("emodb")
     assert cached() == []
 
 
 def test_zip_bombs_are_not_unpacked(served, monkeypatch):
-    monkeypatch.setattr(sdser, "MAX_UNPACKED", 1000)
+    monkeypatch.setattr(train, "MAX_UNPACKED", 1000)
     served(WAVS | {"bomb.wav": b"0" * 1001})
     with pytest.raises(ValueError, match="would unpack to more than"):
-        sdser.load_corpus("emodb")
+        train.load_corpus("emodb")
     assert cached() == []
 
 
 def test_published_checksum_and_counts():
-    assert sdser.DOWNLOADS["ravdess"].md5 == "bc696df654c87fed845eb13823edef8a"
-    assert (sdser.DOWNLOADS["ravdess"].clips, sdser.DOWNLOADS["emodb"].clips) == (1440, 535)
+    assert train.DOWNLOADS["ravdess"].md5 == "bc696df654c87fed845eb13823edef8a"
+    assert (train.DOWNLOADS["ravdess"].clips, train.DOWNLOADS["emodb"].clips) == (1440, 535)
 
 
 # -- real and synthetic speech ----------------------------------------------------------------------------------------
 
 
 def test_real_corpora(real_speech):
-    emodb = sdser.load_corpus(real_speech / "emodb")
+    emodb = train.load_corpus(real_speech / "emodb")
     assert len(emodb) == 339 and len({clip.speaker for clip in emodb}) == 10
     assert Counter(clip.label for clip in emodb).keys() == {"anger", "happiness", "neutral", "sadness"}
-    ravdess = sdser.split_clips(sdser.load_corpus(real_speech / "ravdess"))
+    ravdess = train.split_clips(train.load_corpus(real_speech / "ravdess"))
     assert len(ravdess) == 1440 and len({clip.speaker for clip in ravdess}) == 24
     assert Counter(clip.label for clip in ravdess) == {"neutral": 96} | dict.fromkeys(
         ("calm", "happiness", "sadness", "anger", "fear", "disgust", "surprise"), 192
@@ -362,18 +362,18 @@ def test_real_corpora(real_speech):
 
 
 def test_synthetic_corpus_is_made_once_and_the_same_everywhere(monkeypatch):
-    folder = sdser.make_synthetic(speakers=3, clips=2)
-    clips = sdser.read_folder(folder)
+    folder = train.make_synthetic(speakers=3, clips=2)
+    clips = train.read_folder(folder)
     assert len(clips) == 3 * 4 * 2 and len({clip.speaker for clip in clips}) == 3
     before = {clip.path: Path(clip.path).read_bytes() for clip in clips}
     times = {path: os.stat(path).st_mtime_ns for path in before}
-    assert sdser.make_synthetic(speakers=3, clips=2) == folder
+    assert train.make_synthetic(speakers=3, clips=2) == folder
     assert times == {path: os.stat(path).st_mtime_ns for path in before}
     shutil.rmtree(folder)
-    assert sdser.make_synthetic(speakers=3, clips=2) == folder
+    assert train.make_synthetic(speakers=3, clips=2) == folder
     assert {path: Path(path).read_bytes() for path in before} == before
-    monkeypatch.setitem(sdser.PROSODY, "fear", sdser.PROSODY["anger"])  # an edited voice is another corpus
-    assert sdser.make_synthetic(speakers=3, clips=2) != folder
+    monkeypatch.setitem(train.PROSODY, "fear", train.PROSODY["anger"])  # an edited voice is another corpus
+    assert train.make_synthetic(speakers=3, clips=2) != folder
 
 
 def pitch(wave):
@@ -389,7 +389,7 @@ def pitch(wave):
 def test_synthetic_voices_follow_speaker_and_emotion():
     rng = np.random.default_rng(0)
     voices = {
-        (speaker, label): np.mean([pitch(sdser.synthesize(sdser.PROSODY[label], hertz, 1.0, rng)) for _ in range(8)])
+        (speaker, label): np.mean([pitch(train.synthesize(train.PROSODY[label], hertz, 1.0, rng)) for _ in range(8)])
         for speaker, hertz in (("low", 100), ("high", 180))
         for label in ("fear", "sadness")
     }
@@ -400,10 +400,10 @@ def test_synthetic_voices_follow_speaker_and_emotion():
 
 
 def test_synthetic_is_a_source_of_a_dozen_speakers(monkeypatch):
-    monkeypatch.setattr(sdser, "make_synthetic", partial(sdser.make_synthetic, clips=1))
-    clips = sdser.split_clips(sdser.load_corpus("synthetic"))
+    monkeypatch.setattr(train, "make_synthetic", partial(train.make_synthetic, clips=1))
+    clips = train.split_clips(train.load_corpus("synthetic"))
     assert len({clip.speaker for clip in clips}) == 12 and set(Counter(clip.label for clip in clips)) == set(
-        sdser.PROSODY
+        train.PROSODY
     )
     info = soundfile.info(clips[0].path)
     assert (info.samplerate, info.channels) == (16000, 1) and 0.9 < info.duration < 1.7

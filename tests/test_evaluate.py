@@ -66,24 +66,24 @@ def counted_macs(model, samples, exit) -> float:
 def test_macs_of_base():
     model = sdser.MultiExitSER(["a", "b", "c"], "base", head=["gru", "lstm", "attention", "mean"]).eval()
     for k in (3, 8, 10, 12):
-        assert sdser.count_macs(model, 96_000, k) == pytest.approx(counted_macs(model, 96_000, k), rel=0.01)
+        assert evaluate.count_macs(model, 96_000, k) == pytest.approx(counted_macs(model, 96_000, k), rel=0.01)
 
 
 @pytest.mark.filterwarnings("ignore:TF32")
 def test_macs_of_every_layout_and_head(layout):
     model = build(layout, exits=[1, 2, 3, 4], head=list(sdser.HEADS))
     for k in model.exits:
-        assert sdser.count_macs(model, 96_000, k) == pytest.approx(counted_macs(model, 96_000, k), rel=0.01)
+        assert evaluate.count_macs(model, 96_000, k) == pytest.approx(counted_macs(model, 96_000, k), rel=0.01)
 
 
 def test_macs_of_arrays_tiles_and_several_heads():
     model = build(head="gru")
-    one, two = (int(sdser.count_macs(model, n, 2)) for n in (8000, 16000))
-    assert sdser.count_macs(model, np.array([8000, 16000]), 2).tolist() == [one, two] and two > 2 * one
-    both, second = sdser.count_macs(model, 8000, 2, [1, 2]), sdser.count_macs(model, 8000, 2, [2])
+    one, two = (int(evaluate.count_macs(model, n, 2)) for n in (8000, 16000))
+    assert evaluate.count_macs(model, np.array([8000, 16000]), 2).tolist() == [one, two] and two > 2 * one
+    both, second = evaluate.count_macs(model, 8000, 2, [1, 2]), evaluate.count_macs(model, 8000, 2, [2])
     assert both - second == 24 * 7 * 32**2 - 24 * 32**2 + 24 * 32 + 256 * (32 + 3)  # 24 frames, width 32, 3 classes
     model.tile_seconds = 1.0
-    assert sdser.count_macs(model, np.array([8000, 30000]), 2).tolist() == [two, two]
+    assert evaluate.count_macs(model, np.array([8000, 30000]), 2).tolist() == [two, two]
 
 
 def test_kept_parameters_are_those_of_the_truncated_model(layout):
@@ -127,7 +127,7 @@ def test_bootstrap_of_one_speaker_has_no_width_and_of_rare_classes_no_gaps():
 def scored(wrong, seed=0, name="run"):
     targets, predictions, speakers = made_up(wrong=wrong, seed=seed)
     labels = ["anger", "joy", "sadness"]
-    clips = [sdser.Clip(f"{i}.wav", labels[t], s, "test") for i, (t, s) in enumerate(zip(targets, speakers))]
+    clips = [train.Clip(f"{i}.wav", labels[t], s, "test") for i, (t, s) in enumerate(zip(targets, speakers))]
     logits = torch.nn.functional.one_hot(torch.tensor(predictions), 3).float().expand(3, -1, -1)
     return evaluate.Scored(name, build(), clips, np.full(len(clips), 2.0), logits)
 
@@ -159,7 +159,7 @@ def test_sweep_by_hand():
     row = next(row for row in evaluate.sweep([run]) if row["threshold"] == 0.9)
     assert row["mean_layers"] == (1 + 2 + 4 + 4) / 4
     assert row["exit_share"] == {"1": 0.25, "2": 0.25, "4": 0.5}
-    costs = [sdser.count_macs(run.model, 8000, k, heads) for k, heads in ((1, [1]), (2, [1, 2]), (4, [1, 2, 4]))]
+    costs = [evaluate.count_macs(run.model, 8000, k, heads) for k, heads in ((1, [1]), (2, [1, 2]), (4, [1, 2, 4]))]
     assert row["macs_per_second"] == pytest.approx((costs[0] + costs[1] + 2 * costs[2]) / 2.0)
 
 
@@ -295,7 +295,7 @@ def test_speakers_unknown(runs, corpus, capsys, tmp_path):
 
 
 def test_audio(runs, corpus, capsys, tmp_path):
-    clips = [clip.path for clip in sdser.load_corpus(corpus)][:2]
+    clips = [clip.path for clip in train.load_corpus(corpus)][:2]
     out = report_status(capsys, runs / "fold1", "--audio", *clips, "--exit", 2)
     assert out[0] == 0 and [line.split("  ")[0] for line in out[1].splitlines()] == clips and "exit 2" in out[1]
     status, printed, errors = report_status(
@@ -354,8 +354,8 @@ def test_files_are_read_as_they_are_needed(corpus, monkeypatch):
     """Memory does not grow with the corpus: reading the first batch reads no other."""
     read, load_audio = [], sdser.load_audio
     monkeypatch.setattr(sdser, "load_audio", lambda path, *args: read.append(path) or load_audio(path, *args))
-    clips = sdser.load_corpus(corpus)
-    batches = sdser.file_batches([clip.path for clip in clips], [1.0] * len(clips), batch_size=4)
+    clips = train.load_corpus(corpus)
+    batches = train.file_batches([clip.path for clip in clips], [1.0] * len(clips), batch_size=4)
     indices, waveforms, lengths = next(batches)
     assert len(read) == len(indices) == len(waveforms) == len(lengths) == 4
     assert Counter(read).most_common(1)[0][1] == 1

@@ -145,7 +145,7 @@ def test_killed_before_every_change_of_a_file(corpus, tmp_path):
 
     with ThreadPoolExecutor(2) as pool:
         codes = list(pool.map(kill_before, range(24)))
-    assert codes == sorted(codes, reverse=True) and codes.count(9) > 15 and codes[-1] == 0, "all changes were met"
+    assert codes == sorted(codes, reverse=True) and codes.count(9) > 10 and codes[-1] == 0, "all changes were met"
 
 
 def test_control_c(corpus, tmp_path, capsys):

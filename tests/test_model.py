@@ -6,6 +6,7 @@ from conftest import LABELS, LAYOUTS, build
 from transformers import AutoConfig, AutoModel, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 import sdser
+import train
 
 LENGTHS = [20_000, 401, 9_999]
 
@@ -113,8 +114,8 @@ def test_gru_head_is_the_papers():
     expected = torch.stack(states).mean(0)
     logits, embedding = head(hidden)
     torch.testing.assert_close(embedding, expected)
-    torch.testing.assert_close(logits, head.classify(head.project(expected)))
-    assert head.project.out_features == 256
+    torch.testing.assert_close(logits, head.classifier(head.projector(expected)))
+    assert head.projector.out_features == 256
 
 
 def test_a_config_dict_of_transformers_builds_a_model_that_normalises():
@@ -129,8 +130,8 @@ def test_half_precision_classifies():
 
 
 def test_heads_of_shallow_and_deepest_exit():
-    assert build(head="gru").config["head"] == ["gru", "gru", "mean"]
-    assert build(exits=[3], head="gru").config["head"] == ["gru"]
+    assert build(head="gru").arguments["head"] == ["gru", "gru", "mean"]
+    assert build(exits=[3], head="gru").arguments["head"] == ["gru"]
     assert len(build(exits=[3]).backbone.encoder.layers) == 3
 
 
@@ -190,17 +191,17 @@ def test_wrong_input_is_named(call, message):
 def test_predict_gives_files_in_any_order_what_each_gets_alone(wav, monkeypatch):
     model = build()
     paths = [wav(0.1 * torch.randn(n).numpy(), f"{n}.wav", subtype="FLOAT") for n in (9000, 401, 20000, 5000, 12000)]
-    seconds = [sdser.audio_seconds(path) for path in paths]
+    seconds = [train.audio_seconds(path) for path in paths]
     assert seconds == [n / 16000 for n in (9000, 401, 20000, 5000, 12000)]
-    logits, _ = sdser.predict(model, paths, seconds, batch_size=2)
+    logits, _ = train.predict(model, paths, seconds, batch_size=2)
     for i, path in enumerate(paths):
         for row, output in zip(logits[:, i], model(sdser.load_audio(path)[None])):
             torch.testing.assert_close(row, output.logits[0], atol=1e-5, rtol=0)
     paths[1].write_bytes(b"")
     with pytest.raises(ValueError, match=r"401\.wav: the file is empty"):
-        sdser.predict(model, paths, seconds)
+        train.predict(model, paths, seconds)
     with pytest.warns(UserWarning, match=r"left out: .*401\.wav"):
-        again, readable = sdser.predict(model, paths, seconds, batch_size=1, skip_bad=True)
+        again, readable = train.predict(model, paths, seconds, batch_size=1, skip_bad=True)
     assert readable.tolist() == [True, False, True, True, True]
     assert torch.allclose(again[:, 2:], logits[:, 2:], atol=1e-5)
 
@@ -256,7 +257,7 @@ def confident_model(layout, clips):
     model = build(layout)
     with torch.no_grad():
         for head in model.heads.values():
-            head.classify.weight *= 20
+            head.classifier.weight *= 20
     waveforms = torch.stack([torch.sin(torch.arange(9000) * (0.05 + 0.1 * i)) for i in range(clips)])
     waveforms += 0.3 * torch.randn_like(waveforms)
     first = model(waveforms)[0].logits.softmax(-1).amax(-1)

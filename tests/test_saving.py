@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import shutil
 
 import pytest
 import torch
@@ -27,12 +26,12 @@ def test_round_trip(layout, tmp_path, capfd):
     again = sdser.MultiExitSER.from_pretrained(tmp_path / "out")
     assert capfd.readouterr() == ("", "")  # nothing on standard output, which belongs to --json -
     assert not again.training
-    assert again.config == model.config
+    assert again.arguments == model.arguments
     assert answers(again) == answers(model)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["head"] == ["lstm", "attention", "gru"] and config["threshold"] == 0.8
     assert {"config.json", "model.safetensors"} <= set(os.listdir(tmp_path / "out"))
-    assert ".saving" not in os.listdir(tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tmp"))
 
 
 def test_truncated_model_round_trip(tmp_path):
@@ -46,18 +45,18 @@ def test_saving_keeps_the_last_checkpoint_until_the_new_one_is_whole(tmp_path, m
     model.save_pretrained(tmp_path)
     before = answers(model)
     with torch.no_grad():
-        model.heads["4"].classify.weight.zero_()
+        model.heads["4"].classifier.weight.zero_()
 
     def killed(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shutil, "copymode", killed)  # after the weights were written beside
+        patch.setattr(os, "replace", killed)  # after the weights were written beside
         model.save_pretrained(tmp_path)
     assert answers(sdser.MultiExitSER.from_pretrained(tmp_path)) == before
     model.save_pretrained(tmp_path)
     assert answers(sdser.MultiExitSER.from_pretrained(tmp_path)) == answers(model) != before
-    assert ".saving" not in os.listdir(tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_weights_never_stand_beside_the_config_of_another_model(tmp_path, monkeypatch):
@@ -139,9 +138,42 @@ def test_missing_checkpoint_is_named(name):
         sdser.MultiExitSER.from_pretrained(name)
 
 
-def test_hub_repository_of_pickles_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"no model\.safetensors"):
-        sdser.MultiExitSER._load_as_pickle(build(), str(tmp_path / "pytorch_model.bin"), "cpu", True)
+def test_hub_repository_of_pickles_is_refused(tmp_path, monkeypatch):
+    build().save_pretrained(tmp_path / "snapshot")
+    os.rename(tmp_path / "snapshot" / "model.safetensors", tmp_path / "snapshot" / "pytorch_model.bin")
+    monkeypatch.setattr(sdser, "snapshot_download", lambda *_, **__: str(tmp_path / "snapshot"))
+    with pytest.raises(FileNotFoundError, match=r"^me/model: holds no model\.safetensors"):
+        sdser.MultiExitSER.from_pretrained("me/model")
+
+
+def test_a_model_from_the_hub(tmp_path, monkeypatch):
+    model, asked = build(), {}
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(sdser, "snapshot_download", lambda name, **how: asked.update(how, name=name) or str(tmp_path))
+    assert answers(sdser.MultiExitSER.from_pretrained("me/model", revision="v1")) == answers(model)
+    assert asked["name"] == "me/model" and asked["revision"] == "v1"
+    assert "pytorch_model.bin" not in asked["allow_patterns"]
+
+
+def test_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch):
+    """The mixin's own method, with the Hub's answers made up."""
+    model, uploaded = build(), {}
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", lambda **_: Api(uploaded))
+    assert model.push_to_hub("me/model") == "https://hub/me/model"
+    assert set(uploaded) == {"config.json", "model.safetensors", "README.md"}
+    assert json.loads(uploaded["config.json"]) == json.loads(json.dumps(model.arguments))
+
+
+class Api:
+    def __init__(self, uploaded):
+        self.uploaded = uploaded
+
+    def create_repo(self, repo_id, **_):
+        return type("Repo", (), {"repo_id": repo_id})
+
+    def upload_folder(self, folder_path, repo_id, **_):
+        self.uploaded |= {path.name: path.read_bytes() for path in folder_path.iterdir()}
+        return f"https://hub/{repo_id}"
 
 
 # -- pre-trained backbones --------------------------------------------------------------------------------------------

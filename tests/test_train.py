@@ -65,7 +65,7 @@ def test_files_of_a_run(corpus, tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "run" / "split.csv").open()))
     assert list(rows[0]) == ["path", "label", "speaker", "split"] and len(rows) == 36
     assert all(Path(row["path"]).is_absolute() for row in rows)
-    assert sdser.split_clips(sdser.load_corpus(tmp_path / "run" / "split.csv")) == [sdser.Clip(**row) for row in rows]
+    assert train.split_clips(train.load_corpus(tmp_path / "run" / "split.csv")) == [train.Clip(**row) for row in rows]
 
     assert "epoch 1/2" in printed and "epoch 2/2" in printed
     for name in ("teacher", "fusion", "dev", "test", "UAR", "accuracy", str(tmp_path / "run")):
@@ -180,7 +180,7 @@ def weights_after_a_step(corpus, batch_size, accumulate):
     """Weights after one step on 8 clips without dropout or masks."""
     args = arguments("--batch-size", str(batch_size), "--accumulate", str(accumulate), "--lr", "0.1")
     args.device, args.max_norm = "cpu", 1.0
-    clips = sdser.load_corpus(corpus)[:8]
+    clips = train.load_corpus(corpus)[:8]
     torch.manual_seed(0)
     config = LAYOUTS["wav2vec2-base"].to_dict() | dict(do_normalize=True, mask_time_prob=0.0)
     config |= dict.fromkeys([name for name in config if "dropout" in name], 0.0)
@@ -201,7 +201,7 @@ def test_accumulation_equals_one_large_batch(corpus):
         for name, value in large.items():
             torch.testing.assert_close(small[name], value, atol=1e-5, rtol=1e-4)
     _, separate = weights_after_a_step(corpus, 2, 1)
-    assert not torch.allclose(separate["heads.4.classify.weight"], large["heads.4.classify.weight"], atol=1e-4)
+    assert not torch.allclose(separate["heads.4.classifier.weight"], large["heads.4.classifier.weight"], atol=1e-4)
 
 
 def test_batches_hold_clips_of_similar_length_in_random_order():
@@ -256,7 +256,7 @@ def test_wav2vec2_base_shaped_checkpoint_takes_a_step(corpus, tmp_path):
     model = sdser.MultiExitSER(["anger", "sadness"], args.backbone, args.exits, args.head)
     assert model.exits == [3, 8, 10, 12] and args.preset == "fast"
     optimizer, scheduler = train.make_optimizer(model, args, steps=10)
-    dataset = train.TrainingClips(sdser.load_corpus(corpus)[:2], ["anger", "sadness"], args)
+    dataset = train.TrainingClips(train.load_corpus(corpus)[:2], ["anger", "sadness"], args)
     before = model.backbone.encoder.layers[11].feed_forward.output_dense.weight.clone()
     losses, _ = train.train_epoch(model, [[0, 1]], dataset, optimizer, scheduler, args, 1, "")
     assert np.isfinite(losses["loss"])
@@ -327,8 +327,8 @@ def test_presets():
 
 
 def test_label_fraction_is_stratified_nested_and_of_training_clips_alone():
-    clips = [sdser.Clip(f"{split}{i}", label, None, split)
-             for split in sdser.SPLITS for label, n in (("a", 40), ("b", 10), ("c", 3)) for i in range(n)]  # fmt: skip
+    clips = [train.Clip(f"{split}{i}", label, None, split)
+             for split in train.SPLITS for label, n in (("a", 40), ("b", 10), ("c", 3)) for i in range(n)]  # fmt: skip
     clips = [clip._replace(path=clip.label + clip.path) for clip in clips]
     count = lambda some: [sum(c.label == label and c.split == "train" for c in some) for label in "abc"]  # noqa: E731
     tenth, quarter = train.take_fraction(clips, 0.1, seed=0), train.take_fraction(clips, 0.25, seed=0)
@@ -448,7 +448,7 @@ def test_a_split_without_readable_clips_of_a_label(corpus, tmp_path, capsys, mon
 
 def test_long_clips_train_cropped_but_are_not_evaluated(corpus, tmp_path, capsys, wav):
     path = wav(np.random.default_rng(0).normal(0, 0.1, 61 * 16000))
-    clips = [sdser.Clip(str(path), "anger", "s0", split) for split in ("train", "dev")]
+    clips = [train.Clip(str(path), "anger", "s0", split) for split in ("train", "dev")]
     assert train.keep_readable(clips[:1], skip_bad=False) == (clips[:1], [61.0])
     with pytest.raises(ValueError, match=r"61\.0 s is longer than the limit of 60 s"):
         train.keep_readable(clips, skip_bad=False)
@@ -476,7 +476,7 @@ def test_a_loss_that_is_not_finite_names_its_files_and_keeps_the_last_checkpoint
 
     def spoilt(model, *args):
         if args[-1].startswith("epoch 2"):
-            model.heads["4"].classify.bias.data[0] = torch.inf
+            model.heads["4"].classifier.bias.data[0] = torch.inf
         return epoch(model, *args)
 
     with pytest.MonkeyPatch.context() as patch:
