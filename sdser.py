@@ -154,7 +154,7 @@ SIZES = {
         hidden_size=192, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768,
         conv_dim=[96] * 7, activation_dropout=0.0,
     ),
-    "base": dict(activation_dropout=0.0),
+    "base": dict(activation_dropout=0.0, feat_proj_dropout=0.1),
     "large": dict(
         hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, activation_dropout=0.0,
         feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True,
@@ -272,6 +272,9 @@ class ExitHead(nn.Module):
             self.score = nn.Linear(width, 1)
         self.projector = nn.Linear(width, 256)
         self.classifier = nn.Linear(256, num_classes)
+        for linear in (self.projector, self.classifier):  # as in the authors' code
+            nn.init.kaiming_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     def forward(self, hidden: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """hidden: (B, T, D); valid: (B, T) bool or None -> logits (B, C), embedding (B, D)."""
@@ -448,12 +451,20 @@ class MultiExitSER(
         return Frames(encoder.dropout(hidden), valid)
 
     def sample_time_mask(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
-        """SpecAugment's time mask (Park et al., 2019): (B, T) bool, true in spans of at most half a clip."""
+        """SpecAugment's time mask (Park et al., 2019): (B, T) bool, true in random spans of frames.
+
+        The backbone's config says how many and how long: mask_time_prob, mask_time_length and mask_time_min_masks. In
+        short clips spans are shorter, so that the fewest allowed never cover more than half.
+        """
         config, (batch, size, _), device = self.backbone.config, hidden.shape, hidden.device
+        least = config.mask_time_min_masks
         frames = valid.sum(1) if valid is not None else torch.full((batch,), size, device=device)  # (B,)
-        length = (frames // 2).clamp(max=config.mask_time_length)  # of a span
+        length = (frames // (2 * max(1, least))).clamp(max=config.mask_time_length)  # of a span
         count = (config.mask_time_prob * frames / length.clamp(min=1) + torch.rand(batch, device=device)).floor()
-        most = 1 + int(config.mask_time_prob * size)  # no clip has more spans, each a frame at least: S
+        count, most = (
+            count.clamp(min=least),
+            max(least, 1 + int(config.mask_time_prob * size)),
+        )  # spans: of each clip, S
         start = (torch.rand(batch, most, device=device) * (frames - length + 1)[:, None]).long()  # (B, S)
         t = torch.arange(size, device=device)
         masked = (t >= start[..., None]) & (t < (start + length[:, None])[..., None])  # (B, S, T)
