@@ -128,9 +128,15 @@ class Scored(NamedTuple):
         return np.array([self.model.labels.index(clip.label) for clip in self.clips])
 
     @property
+    def rows(self) -> list:
+        """What is scored: each exit, then the fusion of the students where there are several."""
+        return [*self.model.exits, *(["fusion"] if len(self.model.exits) > 2 else [])]
+
+    @property
     def predictions(self) -> np.ndarray:
-        """(exits + 1, N): each exit's, then fusion's."""
-        return torch.stack([*self.logits.argmax(-1), sdser.fuse(self.logits).argmax(-1)]).numpy()
+        """(rows, N) class indices."""
+        fused = [sdser.fuse(self.logits[:-1]).argmax(-1)] if "fusion" in self.rows else []
+        return torch.stack([*self.logits.argmax(-1), *fused]).numpy()
 
 
 def own_clips(checkpoint: str) -> list[train.Clip]:
@@ -188,7 +194,9 @@ def refuse_training_clips(checkpoint: str, clips: list[train.Clip], source: str)
 
 
 def score(checkpoint: str, model, clips, args) -> Scored:
-    seconds = [train.audio_seconds(clip.path, sdser.MAX_SECONDS) for clip in clips]
+    seconds = train.look_at([clip._replace(split=None) for clip in clips])
+    if bad := [problem for problem in seconds if isinstance(problem, str)]:
+        raise ValueError(bad[0])
     paths = [clip.path for clip in clips]
     logits, _ = train.predict(model, paths, seconds, batch_size=args.batch_size, workers=args.workers)
     return Scored(checkpoint, model, clips, np.array(seconds), logits)
@@ -250,14 +258,14 @@ def compare(ours: list[Scored], theirs: list[Scored]) -> list[dict]:
         raise ValueError(
             f"--against: {theirs[0].checkpoint} has other labels than {ours[0].checkpoint}; compare like with like"
         )
-    common = [exit for exit in exits if exit in other.exits] + ["fusion"] * (min(len(exits), len(other.exits)) > 1)
+    common = [row for row in ours[0].rows if row in theirs[0].rows]
     if not common:
         raise ValueError(
             f"--against: {theirs[0].checkpoint} has no exit of {exits}, only {other.exits}; compare runs that share one"
         )
     draws, points = [], []
     for runs in (ours, theirs):
-        rows = [runs[0].model.exits.index(exit) if exit != "fusion" else -1 for exit in common]
+        rows = [runs[0].rows.index(row) for row in common]
         targets = np.concatenate([run.targets for run in runs])
         predictions = np.concatenate([run.predictions for run in runs], -1)[rows]
         points.append([sdser.unweighted_average_recall(targets, row, len(labels)) for row in predictions])
@@ -313,11 +321,15 @@ def calibrate(run: Scored, args) -> tuple[float, Scored] | None:
     """Chooses the run's threshold on its dev split, and keeps it in config.json: the cheapest that costs little UAR."""
     try:
         clips = [clip for clip in own_clips(run.checkpoint) if clip.split == "dev"]
+        if not clips:
+            raise ValueError(f"{run.checkpoint} has no dev clips of its own (--final trains on them)")
         dev = score(run.checkpoint, run.model, clips, args)
     except (OSError, ValueError) as error:
         print(f"early exit is not calibrated: {error}", file=sys.stderr)
         return None
-    deepest = sdser.unweighted_average_recall(dev.targets, dev.predictions[-2], len(run.model.labels))  # [-1]: fusion
+    deepest = sdser.unweighted_average_recall(
+        dev.targets, dev.predictions[len(run.model.exits) - 1], len(run.model.labels)
+    )
     good = [row for row in sweep([dev]) if row["uar"] >= deepest - args.tolerance]
     threshold = min(good, key=lambda row: row["macs_per_second"])["threshold"] if good else 1.0
     run.model.threshold = threshold
@@ -422,11 +434,11 @@ def evaluate(args) -> dict:
     milliseconds = time_clips(runs[0], thresholds[0] if thresholds else None)
 
     targets = np.concatenate([run.targets for run in runs])
-    predictions = np.concatenate([run.predictions for run in runs], -1)  # (exits + 1, N)
+    predictions = np.concatenate([run.predictions for run in runs], -1)  # (rows, N)
     units, by_speaker = speakers_or_clips(runs)
     draws = bootstrap(targets, predictions, units, len(model.labels))
     rows = []
-    for name, row, uars in zip([*model.exits, "fusion"], predictions, draws):
+    for name, row, uars in zip(runs[0].rows, predictions, draws):
         confusion = sdser.confusion_matrix(targets, row, len(model.labels))
         recall = [hits / n if n else None for hits, n in zip(confusion.diagonal().tolist(), confusion.sum(1).tolist())]
         rows.append({"exit": name, **sdser.scores(targets, row, len(model.labels)), "uar_ci95": interval(uars),
@@ -442,8 +454,10 @@ def evaluate(args) -> dict:
         "speakers": len(set(units)) if by_speaker else None,
         "chance": 1 / len(set(targets.tolist())),
         "confusion_exit": shown,
-        split: {"exits": rows[:-1], "fusion": rows[-1]},
+        split: {"exits": rows[: len(model.exits)]},
     }
+    if "fusion" in runs[0].rows:
+        results[split]["fusion"] = rows[-1]
     if len(thresholds) == len(runs):
         indices, answers = zip(*(run_adaptive(run, t, args) for run, t in zip(runs, thresholds)))
         results["adaptive"] = sweep([dev for _, dev in calibrated])
@@ -468,7 +482,7 @@ def report(results: dict, args) -> None:
     deepest = scored["exits"][-1]["exit"]
     print(f"{', '.join(args.checkpoints)} on {args.data or 'its own splits'}: {split}\n")
     print("exit          layers  params M  GMAC/s  ms/clip    UAR  95 % interval   accuracy  macro F1")
-    for row in [*scored["exits"], scored["fusion"]]:
+    for row in train.score_rows(scored):
         name = f"{row['exit']} (teacher)" if row["exit"] == deepest and len(scored["exits"]) > 1 else str(row["exit"])
         low, high = row["uar_ci95"]
         cost = " " * 33
@@ -487,7 +501,7 @@ def report(results: dict, args) -> None:
         print(dim("few speakers: the intervals are rough; train folds and give them all, to pool their test clips"))
 
     print("\nrecall        " + "".join(f"{label[:10]:>11}" for label in labels))
-    for row in [*scored["exits"], scored["fusion"]]:
+    for row in train.score_rows(scored):
         recalls = (f"{recall:11.3f}" if recall is not None else f"{'-':>11}" for recall in row["recall"].values())
         print(f"{row['exit']!s:14}" + "".join(recalls))
     shown = results["confusion_exit"]

@@ -86,7 +86,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data", metavar="SOURCE", help="synthetic (default), ravdess, emodb, a corpus folder, or a manifest")
     add("--backbone", help=f"Hub name, folder saved by transformers, or one of {', '.join(sdser.SIZES)}")
     add("--exits", type=int, nargs="+", metavar="K", help="layers that get an exit; the last is the teacher")
-    add("--head", choices=sdser.HEADS, help="of the shallow exits")
+    add(
+        "--head",
+        choices=sdser.HEADS,
+        nargs="+",
+        metavar="H",
+        help=f"of the shallow exits, or one for each exit: {', '.join(sdser.HEADS)}",
+    )
+    add("--labels", nargs="+", metavar="L", help="keep the clips of these labels alone (default: of all)")
+    add("--final", action="store_true", default=None, help="train on train and dev, and keep the last epoch")
     add("--kl-weight", type=non_negative, metavar="A", help="alpha; 0 leaves the term out")
     add("--hint-weight", type=non_negative, metavar="B", help="beta; 0 leaves the term out")
     add("--temperature", type=positive, metavar="T", help="softens what the KL term compares; 1 leaves it")
@@ -147,6 +155,8 @@ def fold(text: str) -> list[int]:
 def complete_args(given: argparse.Namespace) -> tuple[argparse.Namespace, dict | None]:
     """Fills in what was not given, from the resumed run or else the preset; returns the run's state too."""
     given = {name: value for name, value in vars(given).items() if value is not None}
+    if len(given.get("head", ())) == 1:
+        [given["head"]] = given["head"]
     if given.pop("resume"):
         state = load_state(Path(given["out"]))
         for name, value in given.items():
@@ -158,8 +168,8 @@ def complete_args(given: argparse.Namespace) -> tuple[argparse.Namespace, dict |
         return argparse.Namespace(**{**state["args"], **given}), state
     preset = given.get("preset") or ("toy" if given.get("backbone", "tiny") in sdser.SIZES else "fast")
     defaults = {name: row[PRESET_NAMES.index(preset)] for name, row in PRESETS.items()}
-    defaults |= dict(preset=preset, data="synthetic", fold=None, label_fraction=1.0, seed=0, device=None, workers=0,
-                     compile=False, skip_bad=False)  # fmt: skip
+    defaults |= dict(preset=preset, data="synthetic", labels=None, final=False, fold=None, label_fraction=1.0, seed=0,
+                     device=None, workers=0, compile=False, skip_bad=False)  # fmt: skip
     args = argparse.Namespace(**{**defaults, **given})
     args.head_lr = args.head_lr or args.lr
     return args, None
@@ -190,31 +200,35 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     parallel = compiled_and_parallel(model, args)
 
     # Each epoch seeds its own dropout, masks, crops and order, so that a resumed run repeats an unbroken one.
-    cropped = [min(length, args.seconds) for length in data.seconds["train"]]
+    lengths = [args.seconds if tile_seconds else min(seconds, args.seconds) for seconds in data.seconds["train"]]
     for epoch in range(len(log) + 1, args.epochs + 1):
         epoch_start, title = time.time(), f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}"
         rng = np.random.default_rng([args.seed, epoch])
         torch.manual_seed(int(rng.integers(2**63)) ^ RANK)  # processes differ in dropout and masks, not in order
         dataset.epoch = epoch
-        batches = make_batches(cropped, args.batch_size, rng)
+        batches = make_batches(lengths, args.batch_size, rng)
         losses, unread = train_epoch(parallel, batches, dataset, optimizer, scheduler, args, steps, title)
-        dev = score_exits(model, data.parts["dev"], data.seconds["dev"], args)
-        mean_uar = sum(row["uar"] for row in dev["exits"]) / len(dev["exits"])
-        best = mean_uar > max((line["dev_uar"] for line in log), default=-1)
-        log.append({"epoch": epoch, **losses, "lr": scheduler.get_last_lr()[0], "seconds": time.time() - epoch_start,
-                    "dev_uar": mean_uar, "dev": dev})  # fmt: skip
+        log.append({"epoch": epoch, **losses, "lr": scheduler.get_last_lr()[0]})
         if unread := (data.left_out if epoch == 1 else []) + unread:
             log[-1]["left_out"] = unread
-        per_exit = "  ".join(f"{row['exit']}: {row['uar']:.3f}" for row in dev["exits"])
-        print(f"{title}  loss {losses['loss']:.3f}  dev UAR at exit {per_exit}  {'best' if best else ''}", flush=True)
+        best, told = True, ""  # --final has no dev to choose by: the last epoch is kept
+        if not args.final:
+            with autocast(args):
+                log[-1]["dev"] = score_exits(model, data, "dev", args)
+            exits = log[-1]["dev"]["exits"]
+            log[-1]["dev_uar"] = sum(row["uar"] for row in exits) / len(exits)
+            best = log[-1]["dev_uar"] > max((line["dev_uar"] for line in log[:-1]), default=-1)
+            told = "  dev UAR at exit " + "  ".join(f"{row['exit']}: {row['uar']:.3f}" for row in exits)
+        log[-1]["seconds"] = time.time() - epoch_start
+        print(f"{title}  loss {losses['loss']:.3f}{told}{'  best' if best and told else ''}", flush=True)
         if RANK == 0:
             save_epoch(out, args, data, log, best, model, optimizer, scheduler)
     wait()  # for the last one to be saved
 
-    # The best epoch, on dev once more and on test for the first time.
+    # The epoch that was kept, in float32: on dev once more, and on test for the first time.
     model = sdser.MultiExitSER.from_pretrained(out).to(args.device)
     results = {"labels": data.labels, "args": vars(args), "seconds": round(time.time() - start, 1)}
-    results |= {split: score_exits(model, data.parts[split], data.seconds[split], args) for split in ("dev", "test")}
+    results |= {split: score_exits(model, data, split, args) for split in ("dev", "test") if data.parts[split]}
     if RANK == 0:
         write_text(out / "results.json", json.dumps(results, indent=2))
         report(results, log, out)
@@ -321,26 +335,27 @@ def refuse_non_finite(what: str, value: Tensor, indices: list[int], dataset) -> 
         raise ValueError(f"the {what} became {value.item()} on {names}; try a smaller --lr, or --dtype float32")
 
 
-def score_exits(model: sdser.MultiExitSER, clips: list["Clip"], seconds: list[float], args) -> dict:
-    """{"exits": [{"exit", "uar", "accuracy", "macro_f1"}, ...], "fusion": {...}} over the clips."""
-    paths, mine = [clip.path for clip in clips], slice(RANK, None, WORLD)
-    reading = dict(batch_size=args.batch_size, workers=args.workers, skip_bad=args.skip_bad)
-    logits = torch.zeros(len(model.exits), len(clips), len(model.labels))
-    readable = torch.zeros(len(clips), dtype=torch.int64)
-    with autocast(args):
-        logits[:, mine], readable[mine] = predict(model, paths[mine], seconds[mine], **reading)
-    logits, readable = summed(logits), summed(readable).bool()
+def score_exits(model: sdser.MultiExitSER, data: "Data", split: str, args) -> dict:
+    """{"exits": [{"exit", "uar", "accuracy", "macro_f1"}, ...], "fusion": {...}} over the clips of a split.
+
+    Fusion is that of the students, as in the authors' code; with fewer than two there is none.
+    """
+    clips, reading = data.parts[split], dict(batch_size=args.batch_size, workers=args.workers, skip_bad=args.skip_bad)
+    paths = [clip.path for clip in clips]
+    logits, readable = predict(model, paths, data.seconds[split], **reading)
     if not logits.isfinite().all():
-        raise ValueError(f"the model's answers to the {clips[0].split} split are not finite; try a smaller --lr")
-    left_out = [path for path, read in zip(paths, readable) if not read]
+        raise ValueError(f"the model's answers to the {split} split are not finite; try a smaller --lr")
     targets = torch.tensor([model.labels.index(clip.label) for clip in clips])[readable]  # (N,)
     if len(targets.unique()) < len(model.labels):
-        raise ValueError(f"the {clips[0].split} split is left without a readable clip of some label; mend its files")
+        raise ValueError(f"the {split} split is left without a readable clip of some label; mend its files")
     logits = logits[:, readable]  # (exits, N, C)
-    predictions = [*logits.argmax(-1), sdser.fuse(logits).argmax(-1)]
-    *exits, fusion = (sdser.scores(targets, row, len(model.labels)) for row in predictions)
-    rows = {"exits": [{"exit": exit} | row for exit, row in zip(model.exits, exits)], "fusion": fusion}
-    return rows | ({"left_out": left_out} if left_out else {})
+    scores = lambda answers: sdser.scores(targets, answers.argmax(-1), len(model.labels))  # noqa: E731
+    results = {"exits": [{"exit": exit} | scores(answers) for exit, answers in zip(model.exits, logits)]}
+    if len(logits) > 2:
+        results["fusion"] = scores(sdser.fuse(logits[:-1]))
+    if left_out := [path for path, read in zip(paths, readable) if not read]:
+        results["left_out"] = left_out
+    return results
 
 
 def usable_device(name: str | None) -> str:
@@ -408,18 +423,25 @@ def restore(state: dict, out: Path, data: "Data", model, optimizer, scheduler) -
 
 
 def report(results: dict, log: list[dict], out: Path) -> None:
-    best = max(log, key=lambda line: line["dev_uar"])["epoch"]
-    print(f"\nbest epoch {best}, by dev UAR averaged over exits (chance {1 / len(results['labels']):.3f})\n")
-    print("                    dev             test")
-    print("exit           UAR  accuracy    UAR  accuracy")
-    deepest = results["dev"]["exits"][-1]["exit"]
-    dev_rows, test_rows = ([*results[split]["exits"], results[split]["fusion"]] for split in ("dev", "test"))
-    for dev, test in zip(dev_rows, test_rows):
-        name = dev.get("exit", "fusion")
-        name = f"{name} (teacher)" if name == deepest and len(results["dev"]["exits"]) > 1 else str(name)
-        print(f"{name:12} {dev['uar']:.3f}  {dev['accuracy']:8.3f}  {test['uar']:.3f}  {test['accuracy']:8.3f}")
+    splits = [split for split in ("dev", "test") if split in results]
+    best = max(log, key=lambda line: line.get("dev_uar", line["epoch"]))["epoch"]
+    chosen = "best epoch {}, by dev UAR averaged over exits" if "dev" in results else "last epoch, {}, kept"
+    print(f"\n{chosen.format(best)} (chance {1 / len(results['labels']):.3f})\n")
+    print((" " * 13 + "".join(f"{split:>10}      " for split in splits)).rstrip())
+    print("exit        " + "    UAR  accuracy" * len(splits))
+    exits = results["test"]["exits"]
+    names = [str(row["exit"]) for row in exits] + ["fusion"] * ("fusion" in results["test"])
+    if len(exits) > 1:
+        names[len(exits) - 1] += " (teacher)"
+    for name, *rows in zip(names, *(score_rows(results[split]) for split in splits)):
+        print(f"{name:13}" + "".join(f"{row['uar']:.3f}  {row['accuracy']:8.3f}  " for row in rows).rstrip())
     print(f"\nin {out}: config.json, model.safetensors, results.json, log.jsonl, split.csv, train_state.pt")
     print(f"next: python evaluate.py {out}")
+
+
+def score_rows(scored: dict) -> list[dict]:
+    """Of one split's results: a row for each exit, then fusion's, if any."""
+    return scored["exits"] + ([scored["fusion"]] if "fusion" in scored else [])
 
 
 def log_lines(log: list[dict]) -> str:
@@ -786,13 +808,14 @@ def make_synthetic(speakers: int = 12, clips: int = 24, seed: int = 0) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def split_clips(clips: list[Clip], fold: tuple[int, int] | None = None) -> list[Clip]:
+def split_clips(clips: list[Clip], fold: tuple[int, int] | None = None, final: bool = False) -> list[Clip]:
     """Gives every clip a split, by speaker, every label in each split; depends on the clips and the fold alone.
 
     Args:
         clips: splits of their own are kept (all clips have one, or none).
         fold: (I, N), I from 1: of N groups of speakers, group I is test, the next one dev, the rest train.
-            None: about 40 % of the clips train, 30 % dev, 30 % test, as in the paper.
+            None: about 40 % of the clips train, 30 % dev, 30 % test.
+        final: what would be dev trains too.
     Raises:
         ValueError: too few speakers, a label that cannot be in each split, a speaker in two splits, a clip with
             neither speaker nor split.
@@ -802,7 +825,9 @@ def split_clips(clips: list[Clip], fold: tuple[int, int] | None = None) -> list[
             warnings.warn("the manifest brings its own splits; --fold is ignored", stacklevel=2)
     else:
         clips = deal_speakers(clips, fold)
-    check_splits(clips)
+    if final:
+        clips = [clip._replace(split="train") if clip.split == "dev" else clip for clip in clips]
+    check_splits(clips, ("train", "test") if final else SPLITS)
     return clips
 
 
@@ -846,8 +871,8 @@ def deal_speakers(clips: list[Clip], fold: tuple[int, int] | None) -> list[Clip]
     ]
 
 
-def check_splits(clips: list[Clip]) -> None:
-    """Raises ValueError unless each split has every label, and no speaker, nor file, stands in two splits."""
+def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
+    """Raises ValueError unless each of the splits has every label, and no speaker, nor file, stands in two."""
     home, labels_of = {}, defaultdict(set)
     for clip in clips:
         if clip.split is None:
@@ -856,7 +881,7 @@ def check_splits(clips: list[Clip]) -> None:
         for who in filter(None, (f"speaker {clip.speaker}" if clip.speaker else None, clip.path)):
             if home.setdefault(who, clip.split) != clip.split:
                 raise ValueError(f"{who} stands in two splits, {home[who]} and {clip.split}; keep each in one")
-    for split in SPLITS:
+    for split in splits:
         if missing := set().union(*labels_of.values()) - labels_of[split]:
             raise ValueError(f"the {split} split has no {', '.join(sorted(missing))}; every label must be in each")
 
@@ -880,23 +905,47 @@ def load_data(args) -> Data:
     """Lists the corpus, splits it by speaker, looks at every file before any costs training, and tells the counts."""
     with one_process_a_machine_first():  # it downloads, or makes, the corpus
         listed = load_corpus(args.data)
-    listed = split_clips(listed, args.fold)
+    listed = split_clips(keep_labels(listed, args.labels, args.data), args.fold, args.final)
     clips, seconds = keep_readable(listed, args.skip_bad)
     left_out = sorted({clip.path for clip in listed} - {clip.path for clip in clips})
     wait()
-    check_splits(clips)
+    check_splits(clips, ("train", "test") if args.final else SPLITS)
     labels, seconds_of = sorted({clip.label for clip in clips}), dict(zip(clips, seconds))
     clips = take_fraction(clips, args.label_fraction, args.seed)
     parts = {split: [clip for clip in clips if clip.split == split] for split in SPLITS}
     seconds = {split: [seconds_of[clip] for clip in part] for split, part in parts.items()}
     speakers = {split: len({clip.speaker for clip in part} - {None}) or "?" for split, part in parts.items()}
-    counts = ", ".join(f"{len(part)} {split} ({speakers[split]})" for split, part in parts.items())
+    counts = ", ".join(f"{len(part)} {split} ({speakers[split]})" for split, part in parts.items() if part)
     print(f"{args.data}: {len(labels)} emotions; clips (speakers): {counts}")
     return Data(labels, clips, parts, seconds, left_out)
 
 
+def keep_labels(clips: list[Clip], labels: list[str] | None, source: str) -> list[Clip]:
+    """The clips of these labels; of all labels for None."""
+    known = sorted({clip.label for clip in clips})
+    if unknown := [label for label in labels or () if label not in known]:
+        raise ValueError(f"--labels {' '.join(unknown)}: {source} has {', '.join(known)}")
+    if labels and len(set(labels)) < 2:
+        raise ValueError(
+            f"--labels {' '.join(labels)}: give at least two different ones; {source} has {', '.join(known)}"
+        )
+    return [clip for clip in clips if not labels or clip.label in labels]
+
+
 def keep_readable(clips: list[Clip], skip_bad: bool) -> tuple[list[Clip], list[float]]:
     """The clips that can be read, and their seconds; without `skip_bad`, one that cannot be read stops the run."""
+    found = look_at(clips)
+    bad = [problem for problem in found if isinstance(problem, str)]
+    if bad and not skip_bad:
+        raise ValueError(f"{bad[0]} ({len(bad)} of {len(clips)} clips are bad; --skip-bad leaves them out)")
+    for problem in bad if RANK == 0 else ():
+        warnings.warn(f"left out: {problem}", stacklevel=2)
+    good = [(clip, seconds) for clip, seconds in zip(clips, found) if not isinstance(seconds, str)]
+    return [clip for clip, _ in good], [seconds for _, seconds in good]
+
+
+def look_at(clips: list[Clip]) -> list[float | str]:
+    """Each clip's seconds, or what is wrong with it."""
 
     def measure(clip):
         try:
@@ -908,13 +957,7 @@ def keep_readable(clips: list[Clip], skip_bad: bool) -> tuple[list[Clip], list[f
     with ThreadPoolExecutor(8) as pool:  # waits for disks, not for this processor
         for i in progress(range(0, len(clips), 1000), "looking at files", unit=" thousand", delay=2):
             found += pool.map(measure, clips[i : i + 1000])
-    bad = [problem for problem in found if isinstance(problem, str)]
-    if bad and not skip_bad:
-        raise ValueError(f"{bad[0]} ({len(bad)} of {len(clips)} clips are bad; --skip-bad leaves them out)")
-    for problem in bad if RANK == 0 else ():
-        warnings.warn(f"left out: {problem}", stacklevel=2)
-    good = [(clip, seconds) for clip, seconds in zip(clips, found) if not isinstance(seconds, str)]
-    return [clip for clip, _ in good], [seconds for _, seconds in good]
+    return found
 
 
 def audio_seconds(path, max_seconds: float | None = None) -> float:
@@ -943,11 +986,16 @@ def take_fraction(clips: list[Clip], share: float, seed: int) -> list[Clip]:
 
 
 def make_batches(seconds: list[float], size: int, rng: np.random.Generator) -> list[list[int]]:
-    """Clip indices in batches of similar length, in random order: sorted within pools of 8 batches, random across."""
+    """Clip indices in batches of similar length, in random order: sorted within pools of 8 batches, random across.
+
+    Where all are of one length, as with `--window tile`, it is plain shuffling.
+    """
     order, seconds = rng.permutation(len(seconds)), np.asarray(seconds)
-    pools = [order[i : i + 8 * size] for i in range(0, len(order), 8 * size)]
-    pools = [pool[np.argsort(seconds[pool], kind="stable")] for pool in pools]
-    batches = [pool[i : i + size].tolist() for pool in pools for i in range(0, len(pool), size)]
+    cut = lambda clips, n: [clips[i : i + n] for i in range(0, len(clips), n)]  # noqa: E731
+    if np.ptp(seconds) == 0:
+        return [batch.tolist() for batch in cut(order, size)]
+    pools = [pool[np.argsort(seconds[pool], kind="stable")] for pool in cut(order, 8 * size)]
+    batches = [batch.tolist() for pool in pools for batch in cut(pool, size)]
     rng.shuffle(batches)
     return batches
 
@@ -1031,7 +1079,7 @@ def load_batches(dataset: TrainingClips, batches: list[list[int]], args):
 
 
 def file_batches(paths, seconds, tile_seconds=None, batch_size=16, **reading):
-    """Reads files in batches of similar length, with a progress bar.
+    """Reads files in batches of similar length, with a progress bar; several processes take turns at the batches.
 
     Args:
         paths, seconds: the files and their lengths, from `audio_seconds`.
@@ -1041,9 +1089,9 @@ def file_batches(paths, seconds, tile_seconds=None, batch_size=16, **reading):
         indices into paths, waveforms (B, T), lengths (B,).
     """
     order = np.argsort(seconds, kind="stable").tolist()
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    mine = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][RANK::WORLD]
     files = AudioFiles(paths, tile_seconds)
-    for readable in progress(read_batches(files, batches, **reading), "evaluating", total=len(batches)):
+    for readable in progress(read_batches(files, mine, **reading), "evaluating", total=len(mine)):
         if readable:
             indices, waveforms = zip(*readable)
             yield list(indices), *pad(waveforms)
@@ -1054,16 +1102,18 @@ def predict(model: sdser.MultiExitSER, paths: list[str], seconds: list[float], *
     """Runs files through every exit; the arguments are those of `file_batches`.
 
     Returns:
-        logits (exits, files, C) float32, and which files could be read, (files,) bool; on the CPU.
+        logits (exits, files, C) float32, and which files could be read, (files,) bool; on the CPU, of all processes.
     """
     device = next(model.parameters()).device
     model.eval()
-    logits, readable = torch.zeros(len(model.exits), len(paths), len(model.labels)), torch.zeros(len(paths), dtype=bool)
+    logits = torch.zeros(len(model.exits), len(paths), len(model.labels))
+    readable = torch.zeros(len(paths), dtype=torch.int64)
     for indices, waveforms, lengths in file_batches(paths, seconds, model.tile_seconds, **loading):
         outputs = model(waveforms.to(device), lengths.to(device))
         logits[:, indices] = torch.stack([output.logits for output in outputs]).float().cpu()
-        readable[indices] = True
-    return logits, readable
+        readable[indices] = 1
+    wait()  # a process may take longer than TIMEOUT over its share
+    return summed(logits), summed(readable).bool()
 
 
 def progress(steps, title: str, **options) -> tqdm:

@@ -175,6 +175,15 @@ def test_calibration_takes_the_cheapest_threshold_within_tolerance(runs, tmp_pat
     assert sdser.MultiExitSER.from_pretrained(tmp_path / "run").threshold == threshold
 
 
+def test_dev_clips_that_were_trained_on_calibrate_nothing(corpus, tmp_path, capsys):
+    train.main(["--data", str(corpus), "--epochs", "1", "--final", "--out", str(tmp_path)])
+    out = report(capsys, tmp_path, "--json", tmp_path / "a.json")
+    assert "early exit is not calibrated" in out.err and "--final trains on them" in out.err
+    assert "chosen" not in json.loads((tmp_path / "a.json").read_text()) and "confusions of exit 4" in out.out
+    assert sdser.MultiExitSER.from_pretrained(tmp_path).threshold is None
+    assert "was trained on 24 of these clips" in refused(capsys, tmp_path, "--data", corpus)
+
+
 def test_adaptive_run_is_what_the_logits_say(runs):
     args = evaluate.parse_args([str(runs / "fold1"), "--batch-size", "5"])
     [run], _ = evaluate.load_and_score(args.checkpoints, args)

@@ -12,6 +12,7 @@ import torch
 from conftest import LAYOUTS
 from transformers import AutoModel, Wav2Vec2Config, Wav2Vec2Model
 
+import evaluate
 import sdser
 import train
 
@@ -173,6 +174,68 @@ def test_test_clips_are_read_once_and_last(corpus, tmp_path, monkeypatch):
     assert not set(tested) & set(read[: -len(tested)])
 
 
+def test_labels_keep_their_clips_alone(corpus, tmp_path, capsys):
+    rows = [f"{corpus.parent}/{row}" for row in corpus.read_text().splitlines()[1:]]
+    grief = [row.replace(",anger", ",grief") for row in rows if "anger-0" in row]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,speaker", *rows, *grief]).replace(",anger,s5", ",joy,s5"))
+    results = fit(tmp_path / "list.csv", tmp_path / "run", "--epochs", 1, "--labels", "sadness", "grief")
+    assert results["labels"] == ["grief", "sadness"] == sdser.MultiExitSER.from_pretrained(tmp_path / "run").labels
+    split = list(csv.DictReader((tmp_path / "run" / "split.csv").open()))
+    assert {row["label"] for row in split} == {"grief", "sadness"} and len(split) == 18 + 6
+    flags = "--data", tmp_path / "list.csv", "--out", tmp_path / "run", "--labels"
+    assert "--labels fury: " in (message := refused(capsys, *flags, "anger", "fury"))
+    assert message.endswith("has anger, grief, joy, sadness")
+    assert "at least two different ones" in refused(capsys, *flags, "anger", "anger")
+
+
+def test_final_trains_on_dev_too_and_keeps_the_last_epoch(corpus, tmp_path, capsys):
+    results = fit(corpus, tmp_path / "run", "--final", "--epochs", 3)
+    printed = capsys.readouterr().out
+    assert "last epoch, 3, kept" in printed and "dev UAR" not in printed and "      test" in printed
+    assert "dev" not in results and [row["exit"] for row in results["test"]["exits"]] == [1, 2, 4]
+    splits = {row["path"]: row["split"] for row in csv.DictReader((tmp_path / "run" / "split.csv").open())}
+    usual = {clip.path: clip.split for clip in train.split_clips(train.load_corpus(corpus))}
+    assert splits == {path: "train" if split == "dev" else split for path, split in usual.items()}
+    state = torch.load(tmp_path / "run" / "train_state.pt", weights_only=True)
+    kept = sdser.MultiExitSER.from_pretrained(tmp_path / "run").state_dict()
+    assert all(torch.equal(value, kept[name]) for name, value in state["model"].items())
+    assert all("dev" not in line and line["loss"] > 0 for line in state["log"])
+    train.main(["--resume", "--out", str(tmp_path / "run")])  # nothing is left to train
+    assert "last epoch, 3, kept" in capsys.readouterr().out
+
+
+def test_final_needs_no_dev_split(corpus, tmp_path, capsys):
+    rows = [f"{corpus.parent}/{row},{'test' if row[0] in '45' else 'train'}" for row in corpus.read_text().split()[1:]]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,speaker,split", *rows]))
+    flags = "--data", tmp_path / "list.csv", "--out", tmp_path / "run", "--epochs", 1
+    assert "the dev split has no anger, sadness" in refused(capsys, *flags)
+    assert "test" in fit(tmp_path / "list.csv", tmp_path / "run", "--epochs", 1, "--final")
+
+
+@pytest.mark.parametrize("exits", [[1, 4], [1, 2, 4]])
+def test_fusion_is_that_of_the_students(corpus, tmp_path, exits):
+    """Worked out clip by clip; the teacher takes no part, and one student alone is not fused."""
+    results = fit(corpus, tmp_path, "--exits", *exits, "--epochs", 1)
+    clips = [clip for clip in train.load_corpus(tmp_path / "split.csv") if clip.split == "test"]
+    model = sdser.MultiExitSER.from_pretrained(tmp_path)
+    answers = []
+    for clip in clips:
+        students = [output.logits[0] for output in model(sdser.load_audio(clip.path)[None])[:-1]]
+        margins = [abs(logits[0] - logits[1]).item() for logits in students]  # of two classes
+        answers.append(students[margins.index(max(margins))].argmax().item())
+    targets = [model.labels.index(clip.label) for clip in clips]
+    expected = sdser.scores(targets, answers, 2)
+    assert results["test"].get("fusion") == (expected if exits == [1, 2, 4] else None)
+
+
+def test_final_scores_of_a_bfloat16_run_are_those_of_evaluate(corpus, tmp_path):
+    results = fit(corpus, tmp_path / "run", "--dtype", "bfloat16", "--seconds", 0.3)
+    evaluate.main([str(tmp_path / "run"), "--json", str(tmp_path / "a.json")])
+    scored = json.loads((tmp_path / "a.json").read_text())
+    for row, expected in zip(train.score_rows(scored["test"]), train.score_rows(results["test"])):
+        assert expected.items() <= (row if "exit" in expected else row | {"exit": None}).items()
+
+
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +275,20 @@ def test_batches_hold_clips_of_similar_length_in_random_order():
     assert spread < 1.5 < np.ptp(seconds)
     assert batches == train.make_batches(seconds, 8, np.random.default_rng(1))
     assert batches != train.make_batches(seconds, 8, np.random.default_rng(2))
+
+
+def test_clips_of_one_length_are_shuffled_plainly():
+    """As with `--window tile`: sorting would gain nothing, and mix batches less."""
+    batches = train.make_batches([5.984] * 50, 8, np.random.default_rng(1))
+    assert [i for batch in batches for i in batch] == np.random.default_rng(1).permutation(50).tolist()
+    assert [len(batch) for batch in batches] == [8] * 6 + [2]
+
+
+def test_tiled_clips_are_shuffled_plainly(corpus, tmp_path, monkeypatch):
+    seen, make_batches = [], train.make_batches
+    monkeypatch.setattr(train, "make_batches", lambda *args: seen.append(args[0]) or make_batches(*args))
+    fit(corpus, tmp_path, "--window", "tile", "--seconds", 0.6, "--epochs", 1)
+    assert set(seen[0]) == {0.6}, "though the files last from 0.375 to 0.5 s"
 
 
 def test_learning_rate_warms_up_and_decays_or_stays():
@@ -266,13 +343,15 @@ def test_wav2vec2_base_shaped_checkpoint_takes_a_step(corpus, tmp_path):
 @pytest.mark.parametrize("flags", [
     ["--preset", "paper"], ["--exits", 4], ["--exits", 2, "--head", "lstm"], ["--window", "tile", "--seconds", 0.3],
     ["--kl-weight", 0, "--hint-weight", 0], ["--no-detach-teacher", "--temperature", 2], ["--dtype", "bfloat16"],
-    ["--accumulate", 3, "--label-fraction", 0.2], ["--fold", "2/3"],
+    ["--accumulate", 3, "--label-fraction", 0.2], ["--fold", "2/3"], ["--head", "mean", "gru", "attention"],
 ])  # fmt: skip
 def test_flags_of_the_comparisons(corpus, tmp_path, flags):
     tiny = ["--backbone", "tiny"] if "paper" in flags else []
     results = fit(corpus, tmp_path, *flags, *tiny, "--epochs", 1)
     model = sdser.MultiExitSER.from_pretrained(tmp_path)
     assert len(model.exits) == len(results["test"]["exits"])
+    if flags[:2] == ["--head", "mean"]:
+        assert model.head_kinds == ["mean", "gru", "attention"]
     if "--exits" in flags:
         assert model.exits == [flags[1]] == [len(model.backbone.encoder.layers)]
         assert model.head_kinds == ["lstm" if "lstm" in flags else "attention"]
@@ -348,6 +427,11 @@ def test_label_fraction_is_stratified_nested_and_of_training_clips_alone():
         (["--exits", "2", "1"], "exits [2, 1]: they must increase, from 1 to the backbone's 4 layers at most"),
         (["--exits", "0"], "they must increase"),
         (["--exits", "5"], "4 layers at most"),
+        (
+            ["--head", "gru", "mean"],
+            "head ['gru', 'mean']: give one of gru, lstm, attention, mean, or one for each of 3",
+        ),
+        (["--head", "conv"], "invalid choice: 'conv'"),
         (["--fold", "4/3"], "4/3 is not I/N"),
         (["--fold", "1/2"], "1/2 is not I/N"),
         (["--label-fraction", "0"], "0 is not a share above 0"),
