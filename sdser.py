@@ -41,6 +41,7 @@ from transformers.utils import cached_file
 
 SAMPLE_RATE = 16_000
 MAX_SECONDS = 60  # attention memory grows with the square of the length
+TORCHAUDIO = "install a pair that works, torch==2.11.0 torchaudio==2.11.0, or convert the file to 16 kHz"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Audio
@@ -72,8 +73,8 @@ def load_audio(
             raise ValueError(f"{path}: cut short, {len(samples)} of {frames} samples are there; replace the file")
     waveform = torch.from_numpy(samples.mean(axis=1))  # (T,)
     if rate != SAMPLE_RATE:
-        import torchaudio  # here, so that it is needed only to resample
-
+        with file_errors(path, f"resampling from {rate} Hz needs torchaudio", TORCHAUDIO):
+            import torchaudio  # here, so that nothing else needs it
         # The filter grows with rate / gcd(rate, 16000): odd rates, such as 11127 Hz, are rounded to 25 Hz.
         waveform = torchaudio.functional.resample(waveform, max(25, 25 * round(rate / 25)), SAMPLE_RATE)
     check_waveform(path, waveform)
@@ -88,7 +89,7 @@ def open_audio(path, max_seconds: float | None = None):
         raise FileNotFoundError(f"{path}: no such file")
     if os.path.getsize(path) == 0:
         raise ValueError(f"{path}: the file is empty")
-    with file_errors(path, "not an audio file that libsndfile can read", "convert it to WAV or FLAC"):
+    with file_errors(path, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
         file = soundfile.SoundFile(path)
     with file, file_errors(path, "damaged or cut short", "replace the file"):
         # libsndfile reads a cut WAV as if it were whole and says so in its log alone. Programs that write into a pipe
@@ -108,7 +109,9 @@ def check_length(name, seconds: float, max_seconds: float | None = None) -> None
     if (samples := math.ceil(seconds * SAMPLE_RATE)) < 400:
         raise ValueError(f"{name}: {samples} samples at 16 kHz are shorter than one frame (400 samples, 25 ms)")
     if max_seconds and seconds > max_seconds:
-        raise ValueError(f"{name}: {seconds:.1f} s is longer than the limit of {max_seconds} s; cut it into parts")
+        raise ValueError(
+            f"{name}: {seconds:.1f} s is longer than the limit of {max_seconds} s; cut it into windows (see README)"
+        )
 
 
 def check_waveform(name, waveform: Tensor, max_seconds: float | None = None) -> None:
@@ -213,6 +216,7 @@ def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig) -
         model, info = transformers.AutoModel.from_pretrained(
             backbone, config=config, dtype=torch.float32, output_loading_info=True
         )
+        model.train()  # as a model is that has just been built
     transformers.logging.set_verbosity(verbosity)
     if missing := set(info["missing_keys"]) - {"masked_spec_embed"}:
         raise ValueError(f"{backbone}: {len(missing)} weights are missing, {min(missing)} for one; save it anew")
@@ -321,13 +325,15 @@ class Frames(NamedTuple):
     position_bias: Tensor | None = None  # (B * heads, T, T), which WavLM's layer 1 makes and its other layers reuse
 
     def keep(self, clips: Tensor) -> "Frames":
-        """Those of some of the clips, (B,) bool."""
-        hidden, valid, bias = self
-        return Frames(
-            hidden[clips],
-            None if valid is None else valid[clips],
-            None if bias is None else bias.unflatten(0, (len(clips), -1))[clips].flatten(0, 1),
-        )
+        """Those of some of the clips, (B,) bool, without the padding that only the others needed."""
+        hidden, valid, bias = self.hidden[clips], self.valid, self.position_bias
+        if bias is not None:
+            bias = bias.unflatten(0, (len(clips), -1))[clips].flatten(0, 1)
+        if valid is not None:
+            size = int(valid[clips].sum(1).max())
+            hidden, valid = hidden[:, :size], valid[clips, :size]
+            bias = None if bias is None else bias[:, :size, :size]
+        return Frames(hidden, valid, bias)
 
 
 class Prediction(NamedTuple):
@@ -346,6 +352,8 @@ class MultiExitSER(
     pipeline_tag="audio-classification",
 ):
     """A speech transformer with a classifier at several depths.
+
+    A new model is in training mode, one that `from_pretrained` loads in evaluation mode.
 
     Args:
         labels: class names, in the order of the logits.
@@ -500,14 +508,19 @@ class MultiExitSER(
     def early_exit(self, waveforms: Tensor, lengths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         """Runs layer by layer; a clip leaves at the first exit whose top probability reaches the threshold.
 
-        Clips that have left are dropped from the batch: no layer runs that no answer needs.
+        Clips that have left are dropped from the batch, and the rest is trimmed to the longest that stays: no layer
+        runs that no answer needs.
 
         Args:
             waveforms, lengths: as in `forward`.
             threshold: from 0 (all leave at the first exit) to 1 (only a probability that rounds to 1 leaves early).
         Returns:
             logits (B, C) and the exit (B,) int64 that gave them.
+        Raises:
+            ValueError: in training mode, in which dropout and masks decide; and as `forward` does.
         """
+        if self.training:
+            raise ValueError("early_exit needs a model in evaluation mode: call model.eval() first")
         frames = self.embed_frames(waveforms, lengths)
         logits = frames.hidden.new_empty(len(waveforms), len(self.labels), dtype=torch.float32)
         active = torch.arange(len(waveforms), device=logits.device)  # the clips still in the batch
@@ -524,10 +537,10 @@ class MultiExitSER(
 
     @torch.no_grad()
     def classify(self, clips, exit: int | None = None, threshold: float | str | None = None) -> list[Prediction]:
-        """Classifies files or waveforms, one at a time.
+        """Classifies files or waveforms, one at a time, in evaluation mode; the model's own mode is then restored.
 
         Args:
-            clips: paths, or waveforms (T,) float at 16 kHz, of at most 60 s.
+            clips: paths, or waveforms (T,) float at 16 kHz, of at most 60 s; or one of them alone.
             exit: run to this exit and no further. Default: the deepest.
             threshold: stop each clip at the first exit this certain (0 to 1); "auto": the calibrated value.
         Raises:
@@ -542,11 +555,11 @@ class MultiExitSER(
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"threshold {threshold}: give a probability from 0 to 1")
         exit = self.exits[-1] if exit is None else self.check_exit(exit)
-        device, training = next(self.parameters()).device, self.training
+        one = isinstance(clips, str | os.PathLike) or getattr(clips, "ndim", 2) == 1
+        device, training, predictions = next(self.parameters()).device, self.training, []
         self.eval()
-        predictions = []
         try:
-            for clip in [clips] if isinstance(clips, str | os.PathLike) else clips:
+            for clip in [clips] if one else clips:
                 waveform = prepare(clip, self.tile_seconds).to(device)[None]  # (1, T)
                 start = time.perf_counter()
                 if threshold is None:

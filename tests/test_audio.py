@@ -1,5 +1,7 @@
 """Reading audio: what people really have, and what is refused."""
 
+import builtins
+
 import numpy as np
 import pytest
 import soundfile
@@ -26,6 +28,23 @@ def test_any_rate_becomes_16_khz(wav, rate):
     assert len(waveform) == 16_000
     middle = slice(1000, -1000)  # away from the filter's edges
     torch.testing.assert_close(waveform[middle], torch.from_numpy(TONE).float()[middle], atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError])
+def test_resampling_without_torchaudio_is_refused(wav, monkeypatch, error):
+    """It is absent, or does not load beside another torch; files at 16 kHz do not need it."""
+    real = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name == "torchaudio":
+            raise error("no torchaudio here")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    path = wav(TONE, rate=22_050)
+    with pytest.raises(ValueError, match=rf"^{path}: resampling from 22050 Hz needs torchaudio .*torch==2.11.0"):
+        sdser.load_audio(path)
+    assert len(sdser.load_audio(wav(TONE))) == 16_000
 
 
 def test_odd_rates_cost_no_more(wav):
@@ -84,6 +103,9 @@ def test_what_is_no_audio_is_refused(tmp_path):
         sdser.load_audio(tmp_path)
     (tmp_path / "text.wav").write_text("not audio at all " * 100)
     (tmp_path / "text.raw").write_text("headerless")
+    (tmp_path / "phone.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
+    with pytest.raises(ValueError, match=r"phone\.m4a: not an audio file that .*ffmpeg -i IN OUT\.wav converts"):
+        sdser.load_audio(tmp_path / "phone.m4a")
     for name in ("text.wav", "text.raw"):
         with pytest.raises(ValueError, match=f"{name}: not an audio file"):
             sdser.load_audio(tmp_path / name)

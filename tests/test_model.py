@@ -312,6 +312,34 @@ def test_early_exit_drops_clips_and_gives_each_what_it_gets_alone(layout):
 
 
 @torch.no_grad()
+def test_early_exit_trims_to_the_longest_that_stays(layout):
+    """The longest clip leaves first: the layers after it see no more frames than the others have."""
+    model = build(layout)
+    waveforms, lengths = 0.1 * torch.randn(3, 20_000), torch.tensor([20_000, 5000, 3000])
+    every = model(waveforms, lengths)
+    probe, frames = model.read_exit, []
+
+    def read(exit, state):
+        """Exit 1 is certain of the longest clip alone, exit 2 of none."""
+        frames.append(state.hidden.shape[1])
+        output = probe(exit, state)
+        if exit < 4:
+            output.logits[:] = 0
+            output.logits[:1, 0] += 9 * (exit == 1)
+        return output
+
+    model.read_exit = read
+    logits, exits = model.early_exit(waveforms, lengths, 0.9)
+    assert exits.tolist() == [1, 4, 4] and frames == [62, 15, 15]
+    torch.testing.assert_close(logits[1:], every[-1].logits[1:], atol=1e-5, rtol=0)
+
+
+def test_early_exit_is_for_evaluation():
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
+        build().train().early_exit(torch.randn(1, 8000), None, 0.5)
+
+
+@torch.no_grad()
 def test_early_exit_at_the_limits():
     model, waveforms = build(), torch.randn(3, 6000)
     assert model.early_exit(waveforms, None, 0.0)[1].tolist() == [1, 1, 1]
@@ -336,6 +364,9 @@ def test_classify_files_and_waveforms(wav):
         assert a.label == LABELS[expected.argmax()] and a.confidence == pytest.approx(expected.max().item(), abs=1e-6)
     assert model.training
     assert model.classify(str(path)) and model.classify([waveform.double().numpy()])
+    for alone in (path, waveform, waveform.numpy()):
+        [answer] = model.classify(alone)
+        assert answer.confidence == pytest.approx(a.confidence, abs=1e-6)
 
 
 def test_classify_with_thresholds():

@@ -194,6 +194,14 @@ def test_pre_trained_weights_are_used_in_float32(layout, tmp_path):
     assert answers(again) == answers(model)
 
 
+def test_a_new_model_trains_and_a_loaded_one_answers(tmp_path):
+    Wav2Vec2Model(LAYOUTS["wav2vec2-base"]).save_pretrained(tmp_path / "backbone")
+    model = sdser.MultiExitSER(LABELS, tmp_path / "backbone")
+    assert all(module.training for module in model.modules())
+    model.save_pretrained(tmp_path / "mine")
+    assert not any(module.training for module in sdser.MultiExitSER.from_pretrained(tmp_path / "mine").modules())
+
+
 def test_a_checkpoint_fine_tuned_for_speech_recognition_serves_too(tmp_path):
     ctc = Wav2Vec2ForCTC(Wav2Vec2Config(**LAYOUTS["wav2vec2-base"].to_diff_dict()))
     ctc.save_pretrained(tmp_path)
