@@ -11,11 +11,15 @@ runners, measuring, the report, the plot.
 import argparse
 import contextlib
 import copy
+import inspect
+import io
 import json
 import logging
 import math
+import multiprocessing
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -47,12 +51,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("checkpoint", nargs="?", help="folder written by train.py, or a Hub name")
     add("--backbone", choices=sdser.SIZES, help="instead of a checkpoint: a built-in shape with random weights")
     add("--head", choices=sdser.HEADS, help="with --backbone: of the shallow exits (default gru)")
-    add("--exits", type=int, nargs="+", metavar="K", help="default: all of the checkpoint's, or the backbone's usual")
-    add("--seconds", type=float, nargs="+", default=[1.0, 3.0, 6.0], metavar="S", help="clip lengths (default 1 3 6)")
-    add("--threads", type=int, nargs="+", metavar="N", help="default: 1, and as many as there are cores")
+    add("--exits", type=train.positive_int, nargs="+", metavar="K", help="default: all of the model's")
+    add("--seconds", type=seconds, nargs="+", default=[1.0, 3.0, 6.0], metavar="S", help="clip lengths (default 1 3 6)")
+    add("--threads", type=train.positive_int, nargs="+", metavar="N", help="default: 1, and as many as there are cores")
     add("--backends", nargs="+", choices=BACKENDS, help="default: all that are at hand, but for compile and auto")
-    add("--rounds", type=int, default=20, metavar="N", help="timed runs of each configuration, in turn (default 20)")
-    add("--budget-ms", type=float, metavar="MS", help="name the deepest exit that answers 95 %% of the time within it")
+    add("--rounds", type=train.positive_int, default=20, metavar="N", help="timed runs of each, in turn (default 20)")
+    add("--budget-ms", type=train.positive, metavar="MS", help="name the deepest exit that meets it in 95 %% of runs")
     add("--json", metavar="FILE", help="write the results as JSON; - for standard output")
     add("--plot", metavar="FILE", help="write a plot of the latencies (needs matplotlib)")
     add("--export", metavar="FILE", help="write one exit as FILE.pt2, FILE.onnx or a folder, and measure nothing")
@@ -66,11 +70,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     if (args.exit is not None or args.backend) and not args.export:
         parser.error("--exit and --backend go with --export; to measure, there are --exits and --backends")
     args.threads = args.threads or sorted({1, cores()})
-    if not all(0.025 <= seconds <= sdser.MAX_SECONDS for seconds in args.seconds):
-        parser.error(f"--seconds: give lengths from 0.025 to {sdser.MAX_SECONDS}")
-    if min(args.threads) < 1 or args.rounds < 1:
-        parser.error("--threads and --rounds: give at least 1")
     return args
+
+
+seconds = train.number(float, lambda x: 0.025 <= x <= sdser.MAX_SECONDS, f"from 0.025 to {sdser.MAX_SECONDS}")
 
 
 def cores() -> int:
@@ -379,6 +382,9 @@ def load_clips(args) -> list[Tensor]:
 # -- one file to ship -------------------------------------------------------------------------------------------------
 
 
+SHIPPED = {".pt2": ("fp32", "bf16"), ".onnx": ("fp32", "int8"), "folder": ("fp32",)}  # what can be written as what
+
+
 class Shipped(nn.Module):
     """Raw waveform (1, T) at 16 kHz -> class probabilities (1, C)."""
 
@@ -404,9 +410,8 @@ def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str):
     Raises:
         ValueError: for a pair that cannot be written, or a package that is missing, saying what is possible.
     """
-    ending = Path(path).suffix if Path(path).suffix in (".pt2", ".onnx") else "folder"
-    possible = {".pt2": ("fp32", "bf16"), ".onnx": ("fp32", "int8"), "folder": ("fp32",)}
-    if backend not in possible[ending]:
+    ending = kind_of_file(path)
+    if backend not in SHIPPED[ending]:
         raise ValueError(f"{path}: {backend} cannot be written so; .pt2 holds fp32 or bf16, .onnx fp32 or int8, "
                          "a folder fp32")  # fmt: skip
     small = model.truncate(exit)
@@ -416,13 +421,27 @@ def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str):
     small = optimize_for_cpu(small, "fp32")
     if backend == "bf16":
         small.backbone.bfloat16()
+    with sdser.file_errors(path, "cannot be written", "make room, or name another place"), beside(path) as fresh:
+        if ending == ".pt2":
+            write_pt2(small, fresh)
+        else:
+            write_onnx(small, fresh)
+            if backend == "int8":
+                quantize_onnx(fresh, fresh)
+    return torch.export.load(path).module() if ending == ".pt2" else onnxruntime_runner(path)
+
+
+def kind_of_file(path: str) -> str:
+    return Path(path).suffix if Path(path).suffix in SHIPPED else "folder"
+
+
+@contextlib.contextmanager
+def beside(path: str):
+    """A path beside that one, for what needs a path to write to; it takes its place at the end."""
     with tempfile.TemporaryDirectory(dir=Path(path).absolute().parent, prefix=".export-") as folder:
-        fresh = os.path.join(folder, "model" + ending)
-        write_pt2(small, fresh) if ending == ".pt2" else write_onnx(small, fresh, backend)
+        fresh = os.path.join(folder, Path(path).name)
+        yield fresh
         os.replace(fresh, path)
-    if ending == ".pt2":
-        return torch.export.load(path).module()
-    return onnxruntime_runner(path)
 
 
 def trace(model: sdser.MultiExitSER) -> torch.export.ExportedProgram:
@@ -432,20 +451,26 @@ def trace(model: sdser.MultiExitSER) -> torch.export.ExportedProgram:
 
 def write_pt2(model: sdser.MultiExitSER, path: str) -> None:
     with exporting():
-        torch.export.save(trace(model), path, extra_files={"labels.json": json.dumps(model.labels)})
+        memory = io.BytesIO()  # first, since torch's zip writer hides why a file cannot be written
+        torch.export.save(trace(model), memory, extra_files={"labels.json": json.dumps(model.labels)})
+        Path(path).write_bytes(memory.getbuffer())
 
 
-def write_onnx(model: sdser.MultiExitSER, path: str, backend: str) -> None:
+def write_onnx(model: sdser.MultiExitSER, path: str) -> None:
     onnxruntime()
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
     with exporting():
         names = dict(input_names=["waveform"], output_names=["probabilities"])
         program = torch.onnx.export(trace(model), dynamo=True, verbose=False, **names)
         program.model.metadata_props["labels"] = json.dumps(model.labels)
         program.save(path)
-        if backend == "int8":  # of the matrix products: its int8 convolutions are slower than those in float32
-            quantize_dynamic(path, path, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
+
+
+def quantize_onnx(source: str, target: str) -> None:
+    """To int8, of the matrix products alone: onnxruntime's int8 convolutions are slower than those in float32."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with exporting():
+        quantize_dynamic(source, target, op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8)
 
 
 @contextlib.contextmanager
@@ -532,18 +557,25 @@ def choose_backends(args) -> list[str]:
 def make_runners(model, exits: list[int], backends: list[str], threads: list[int], folder: Path) -> dict:
     """(exit, backend, threads) -> a function from a waveform (1, T) to probabilities (1, C)."""
     runners = {}
-    for backend in backends:
-        if backend in ONNXRUNTIME:
-            for exit in exits:
-                path = str(folder / f"{exit}-{backend}.onnx")
-                export(model, exit, ONNXRUNTIME[backend], path)
-                runners |= {(exit, backend, count): onnxruntime_runner(path, count) for count in threads}
-            continue
+    for backend in progress([backend for backend in backends if backend not in ONNXRUNTIME], "packing"):
         fast = optimize_for_cpu(model, backend)
         for exit in exits:
             run = lambda waveform, fast=fast, exit=exit: fast(waveform, exit=exit)[0].logits.softmax(-1)  # noqa: E731
             runners |= {(exit, fast.backend, count): run for count in threads}
+    for exit in progress(exits if set(backends) & set(ONNXRUNTIME) else [], "exporting to ONNX"):
+        exact = str(weights_file(folder, exit, "onnxruntime"))
+        export(model, exit, "fp32", exact)
+        for backend in ONNXRUNTIME:
+            if backend in backends:
+                path = str(weights_file(folder, exit, backend))
+                if path != exact:
+                    quantize_onnx(exact, path)
+                runners |= {(exit, backend, count): onnxruntime_runner(path, count) for count in threads}
     return runners
+
+
+def progress(steps, title: str, **options) -> tqdm:
+    return tqdm(steps, title, leave=False, disable=None, **options)
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
@@ -593,7 +625,7 @@ def measure(runners: dict, waveforms: dict, args) -> tuple[dict, dict]:
     precisions = sorted({PRECISION.get(backend, "fp32") for _, backend, _ in runners} | {"fp32"})
     products = {precision: matrix_products(precision) for precision in precisions}
     times, peaks = defaultdict(list), defaultdict(float)
-    bar = tqdm(total=(2 + args.rounds) * len(runners) * len(waveforms), desc="timing", leave=False, disable=None)
+    bar = progress(None, "timing", total=(2 + args.rounds) * len(runners) * len(waveforms))
     for round in range(-2, args.rounds):  # the first two warm up
         for threads in args.threads:
             torch.set_num_threads(threads)
@@ -615,46 +647,80 @@ def measure(runners: dict, waveforms: dict, args) -> tuple[dict, dict]:
     return times, peaks
 
 
-# Run in a process of its own, which reports its peak in MB. Linux hands a parent's peak on in ru_maxrss.
-PEAK = """
-import re, resource, sys
-try:
-    peak = int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) / 1024
-except OSError:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-print(peak)
-"""
-RUN_TORCH = """
-import sys, torch, sdser, benchmark_edge
-folder, backend, seconds, threads = sys.argv[1:]
-torch.set_num_threads(int(threads))
-model = benchmark_edge.optimize_for_cpu(sdser.MultiExitSER.from_pretrained(folder), backend)
-model.classify([0.1 * torch.randn(round(float(seconds) * sdser.SAMPLE_RATE))])
-"""
-RUN_ONNXRUNTIME = """
-import sys, numpy, onnxruntime
-path, _, seconds, threads = sys.argv[1:]
+def memory_megabytes(name: str) -> float:
+    """What Linux says of this process: VmHWM, its peak; VmRSS, what it takes now; RssFile, files that it has mapped."""
+    return int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+
+
+# In a process that has imported nothing of torch.
+RUN_ONNXRUNTIME = f"""
+import re, sys, numpy, onnxruntime
+from pathlib import Path
+path, seconds, threads = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
 options = onnxruntime.SessionOptions()
-options.intra_op_num_threads, options.log_severity_level = int(threads), 3
+options.intra_op_num_threads, options.log_severity_level = threads, 3
 session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-session.run(None, {"waveform": 0.1 * numpy.random.randn(1, round(float(seconds) * 16000)).astype("float32")})
+session.run(None, {{"waveform": 0.1 * numpy.random.randn(1, round(seconds * 16000)).astype("float32")}})
+{inspect.getsource(memory_megabytes)}
+print(memory_megabytes("VmHWM"))
 """
 
 
-def peak_memory(folder: Path, exit: int, backend: str, args) -> float:
-    """MB that a process takes at most to load this exit alone and to answer for the longest clip."""
-    code, path = (RUN_ONNXRUNTIME, f"{exit}-{backend}.onnx") if backend in ONNXRUNTIME else (RUN_TORCH, str(exit))
-    return run_alone(code, folder / path, backend, max(args.seconds), max(args.threads))
+def answer_once(folder: str, backend: str, seconds: float, threads: int) -> None:
+    """Loads a checkpoint, answers for a clip, and prints by how much memory has grown at most."""
+    before = {name: memory_megabytes(name) for name in ("VmRSS", "RssFile")}
+    torch.set_num_threads(threads)
+    model = optimize_for_cpu(sdser.MultiExitSER.from_pretrained(folder), backend)
+    model.classify(0.1 * torch.randn(round(seconds * sdser.SAMPLE_RATE)))
+    # A forked process maps the libraries that its parent has imported anew, page by page: they are counted there.
+    again = memory_megabytes("RssFile") - before["RssFile"]
+    print(memory_megabytes("VmHWM") - before["VmRSS"] - again, flush=True)
 
 
-def run_alone(code: str, *arguments) -> float:
-    """Peak memory in MB of a process that runs this code."""
-    command = [sys.executable, "-c", code + PEAK, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(Path(sdser.__file__).parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+def answer_each_alone() -> None:
+    """Prints what imports take, then what each job that it reads adds to them, in a process forked for it."""
+    print(memory_megabytes("VmHWM"), flush=True)
+    for job in json.load(sys.stdin):
+        process = multiprocessing.get_context("fork").Process(target=answer_once, args=job)
+        process.start()
+        process.join()
+        if process.exitcode:
+            sys.exit(process.exitcode)
+
+
+def measure_memory(pairs: list[tuple[int, str]], folder: Path, args) -> tuple[float | None, dict]:
+    """MB that Python with torch takes, and that a process takes which loads one exit and runs the longest clip.
+
+    Torch is imported once, by a process that forks for every pair. Not on Linux, all is None.
+    """
+    if sys.platform != "linux":
+        return None, dict.fromkeys(pairs)
+    limits, torchs = (max(args.seconds), max(args.threads)), [pair for pair in pairs if pair[1] not in ONNXRUNTIME]
+    jobs = [(str(folder / str(exit)), backend, *limits) for exit, backend in torchs]
+    memory, steps = {}, progress(None, "memory", total=len(pairs))
+    imports, *added = run_python("import benchmark_edge; benchmark_edge.answer_each_alone()", input=json.dumps(jobs))
+    memory |= {pair: imports + megabytes for pair, megabytes in zip(torchs, added)}
+    steps.update(len(memory))
+    for exit, backend in pairs:
+        if backend in ONNXRUNTIME:
+            [memory[exit, backend]] = run_python(RUN_ONNXRUNTIME, weights_file(folder, exit, backend), *limits)
+            steps.update()
+    steps.close()
+    return imports, memory
+
+
+def run_python(code: str, *arguments, input: str = "") -> list[float]:
+    """The numbers that a process of its own prints."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, env=environment, input=input, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"a process that measures memory failed ({done.stderr.strip()[-300:]})")
-    return float(done.stdout.split()[-1])
+    return [float(line) for line in done.stdout.split()]
+
+
+def weights_file(folder: Path, exit: int, backend: str) -> Path:
+    return folder / (f"{exit}-{backend}.onnx" if backend in ONNXRUNTIME else f"{exit}/model.safetensors")
 
 
 def benchmark(model: sdser.MultiExitSER, args) -> dict:
@@ -662,38 +728,23 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
     backends, exits = choose_backends(args), args.exits or model.exits
     clips, machine = load_clips(args), describe_machine()
     lengths = {seconds: round(seconds * sdser.SAMPLE_RATE) for seconds in args.seconds}
-    with tempfile.TemporaryDirectory() as folder:
-        runners = make_runners(model, exits, backends, args.threads, Path(folder))
-        model_reads = {
-            s: [sdser.prepare(sdser.tile(clip, n), model.tile_seconds) for clip in clips] for s, n in lengths.items()
-        }
-        times, peaks = measure(runners, {s: waveforms[0][None] for s, waveforms in model_reads.items()}, args)
-        kept = {exit: model.truncate(exit) for exit in exits}
+    read = {s: [sdser.prepare(sdser.tile(clip, n), model.tile_seconds) for clip in clips] for s, n in lengths.items()}
+    kept = {exit: model.truncate(exit) for exit in exits}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        runners = make_runners(model, exits, backends, args.threads, folder)
+        times, peaks = measure(runners, {s: waveforms[0][None] for s, waveforms in read.items()}, args)
         for exit, small in kept.items():
-            small.save_pretrained(Path(folder, str(exit)))
+            small.save_pretrained(folder / str(exit))
         pairs = sorted({(exit, backend) for exit, backend, _ in runners}, key=lambda pair: pair[0])
-        memory = {
-            (exit, backend): peak_memory(Path(folder), exit, backend, args)
-            for exit, backend in tqdm(pairs, "memory", leave=False, disable=None)
-        }
-        size = {
-            (exit, backend): Path(
-                folder, f"{exit}-{backend}.onnx" if backend in ONNXRUNTIME else f"{exit}/model.safetensors"
-            )
-            .stat()
-            .st_size
-            for exit, backend in pairs
-        }
-        change = {
-            (exit, backend, seconds): largest_change(
-                lambda waveform, exit=exit: model(waveform, exit=exit)[0].logits.softmax(-1),
-                runners[exit, backend, args.threads[-1]],
-                model_reads[seconds],
-            )
-            for exit, backend in pairs
-            for seconds in args.seconds
-        }
-    machine["import_rss_mb"] = run_alone("import sdser")
+        machine["import_rss_mb"], memory = measure_memory(pairs, folder, args)
+        size = {pair: weights_file(folder, *pair).stat().st_size for pair in pairs}
+        change = {}
+        for exit, backend in pairs:
+            exact = lambda waveform, exit=exit: model(waveform, exit=exit)[0].logits.softmax(-1)  # noqa: E731
+            for seconds, waveforms in read.items():
+                run = runners[exit, backend, args.threads[-1]]
+                change[exit, backend, seconds] = largest_change(exact, run, waveforms)
     machine["peak_gflops"] = {p: value for (threads, p), value in peaks.items() if threads == max(args.threads)}
     machine["peak_gflops_by_threads"] = {
         str(threads): {p: value for (count, p), value in peaks.items() if count == threads} for threads in args.threads
@@ -732,11 +783,13 @@ def report(results: dict, args) -> None:
             for row in sorted(select(rows, threads, seconds), key=lambda row: row["exit"]):
                 print(f"{row['exit']:4}  {row['backend']:16}  {row['p50_ms']:9.1f}  {row['p95_ms']:7.1f}  "
                       f"{row['real_time_factor']:9.3f}  {row['gflops']:7.0f}  {100 * row['peak_fraction']:5.0f} %  "
-                      f"{row['peak_rss_mb']:7.0f}  {row['parameters'] / 1e6:8.1f}  {row['size_mb']:7.1f}  "
+                      f"{row['peak_rss_mb'] or math.nan:7.0f}  {row['parameters'] / 1e6:8.1f}  {row['size_mb']:7.1f}  "
                       f"{row['max_probability_change']:.0e}")  # fmt: skip
     print("\nreal time: time / length of the clip. change: the largest of any class probability, against fp32.")
-    print("peak MB: of a process that loads this exit alone and runs the longest clip; Python with torch and")
-    print(f"transformers takes {machine['import_rss_mb']:.0f} of them. file MB: of the weights, or of the .onnx file.")
+    print("peak MB: of a process that loads this exit alone and runs the longest clip.")
+    if imports := machine["import_rss_mb"]:
+        print(f"Python with torch and transformers takes {imports:.0f} of them; onnxruntime needs neither.")
+    print("file MB: of the weights, or of the .onnx file.")
     if args.budget_ms:
         for threads in args.threads:
             for seconds in args.seconds:
@@ -798,21 +851,19 @@ def plot(results: dict, args) -> None:
         axes.set_xticks(sorted({row["exit"] for row in shown}))
     panels[0][0].set_ylabel(f"median ms, {threads} thread(s)")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    figure.savefig(args.plot, dpi=120)
+    with sdser.replacing(args.plot) as file:
+        figure.savefig(file, dpi=120, format=Path(args.plot).suffix[1:] or "png")
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     with train.script():
+        evaluate.check_outputs(args.json, args.plot, folder=False)
+        if args.export:
+            train.check_writable(args.export, folder=kind_of_file(args.export) == "folder")
         model = load_model(args)
         if args.export:
             return ship(model, args)
-        if args.plot:  # before the work, not after it
-            try:
-                import matplotlib
-            except ImportError:
-                raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-            matplotlib.use("Agg")
         results = benchmark(model, args)
         if args.json != "-":
             report(results, args)

@@ -49,7 +49,13 @@ def parse_args(argv=None) -> argparse.Namespace:
         help="also the paired difference to these, pooled; may be repeated, for runs of other exits",
     )
     add("--common-labels", action="store_true", help="leave out clips whose label the model does not know")
-    add("--tolerance", type=float, default=0.01, metavar="X", help="UAR that early exit may cost on dev (default 0.01)")
+    add(
+        "--tolerance",
+        type=train.share,
+        default=0.01,
+        metavar="X",
+        help="UAR that early exit may cost on dev (default 0.01)",
+    )
     add("--audio", nargs="+", metavar="FILE", help="classify these files instead")
     add("--exit", type=int, metavar="K", help="with --audio: run to this exit; else the one whose confusions are shown")
     add(
@@ -59,19 +65,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     )
     add("--json", metavar="FILE", help="write the results as JSON; - for standard output")
     add("--plot", metavar="DIR", help="write plots (needs matplotlib)")
-    add("--batch-size", type=int, default=16, metavar="N")
-    add("--workers", type=int, default=0, metavar="N", help="processes that load audio")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D")
+    add("--batch-size", type=train.positive_int, default=16, metavar="N")
+    add("--workers", type=train.natural, default=0, metavar="N", help="processes that load audio")
+    add("--device", metavar="D", help="default: cuda where there is one, else cpu")
     args = parser.parse_args(argv)
     if args.threshold not in (None, "auto"):
         try:
             args.threshold = float(args.threshold)
         except ValueError:
             parser.error(f"--threshold {args.threshold}: give a number from 0 to 1, or auto")
-    if not 0 <= args.tolerance <= 1:
-        parser.error(f"--tolerance {args.tolerance}: give a number from 0 to 1")
-    if args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: give at least 1")
     if args.audio and (len(args.checkpoints) > 1 or args.against or args.data):
         parser.error("--audio goes with one checkpoint, without --against and --data")
     if args.threshold is not None and (not args.audio or args.exit is not None):
@@ -84,27 +86,39 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def classify_files(args) -> int:
     """A line per file as soon as it is known; the exit status, 2 if a file could not be read."""
-    model = sdser.MultiExitSER.from_pretrained(args.checkpoints[0]).to(args.device)
-    threshold, status = args.threshold, 0
-    if args.exit is None and threshold is None and model.threshold is not None:
-        threshold = "auto"
+    checkpoint, threshold, status, lines = args.checkpoints[0], args.threshold, 0, []
+    model = sdser.MultiExitSER.from_pretrained(checkpoint).to(args.device)
     if args.exit is not None:
         model.check_exit(args.exit)
-    out = sys.stdout if args.json in (None, "-") else open(args.json, "w", encoding="utf-8")  # noqa: SIM115
-    for path in args.audio:
-        try:
-            [answer] = model.classify([path], args.exit, threshold)
-        except (ValueError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            status = 2
-            continue
-        if args.json:
-            print(json.dumps({"path": path, **answer._asdict()}), file=out, flush=True)
-        if args.json != "-":
-            print(f"{path}  {answer.label}  {answer.confidence:.3f}  exit {answer.exit}  {answer.milliseconds:.0f} ms")
-    if out is not sys.stdout:
-        out.close()
+    elif threshold is None and model.threshold is not None:
+        threshold = "auto"
+    if foreign := [path for path in args.audio if knows_synthetic_voices_alone(checkpoint, path)]:
+        print(f"note: {checkpoint} was trained on synthetic voices; what it says of {foreign[0]} means nothing",
+              file=sys.stderr)  # fmt: skip
+    try:
+        for path in args.audio:
+            try:
+                [answer] = model.classify(path, args.exit, threshold)
+            except (ValueError, OSError) as error:
+                print(f"error: {error}", file=sys.stderr)
+                status = 2
+                continue
+            lines.append(json.dumps({"path": path, **answer._asdict()}) + "\n")
+            table = f"{path}  {answer.label}  {answer.confidence:.3f}  exit {answer.exit}  {answer.milliseconds:.0f} ms"
+            print(lines[-1].rstrip() if args.json == "-" else table, flush=True)
+    finally:
+        if args.json not in (None, "-"):
+            train.write_text(args.json, "".join(lines))
     return status
+
+
+def knows_synthetic_voices_alone(checkpoint: str, path: str) -> bool:
+    """Whether the model was trained on the synthetic corpus, which this file is not of."""
+    try:
+        folders = {Path(clip.path).parent for clip in own_clips(checkpoint)}
+    except (OSError, ValueError):
+        return False
+    return folders == {Path(train.make_synthetic())} and Path(path).absolute().parent not in folders
 
 
 # -- scoring ----------------------------------------------------------------------------------------------------------
@@ -176,7 +190,8 @@ def choose_clips(checkpoint: str, model: sdser.MultiExitSER, args) -> tuple[list
                 f"{args.data}: has labels that {checkpoint} does not know ({unknown}; it knows "
                 f"{', '.join(model.labels)}); --common-labels leaves them out"
             )
-        print(f"left out {len(clips) - len(known)} of {len(clips)} clips, labelled {unknown}", file=sys.stderr)
+        if train.RANK == 0:
+            print(f"left out {len(clips) - len(known)} of {len(clips)} clips, labelled {unknown}", file=sys.stderr)
     return known, split or "all"
 
 
@@ -207,6 +222,8 @@ def load_and_score(checkpoints: list[str], args) -> tuple[list[Scored], str]:
     runs = []
     for checkpoint in checkpoints:
         model = sdser.MultiExitSER.from_pretrained(checkpoint).to(args.device)
+        if args.exit is not None:
+            model.check_exit(args.exit)
         if runs and (model.labels, model.exits) != (runs[0].model.labels, runs[0].model.exits):
             raise ValueError(f"{checkpoint}: other labels or exits than {runs[0].checkpoint}; pool runs of one kind")
         clips, split = choose_clips(checkpoint, model, args)
@@ -325,7 +342,8 @@ def calibrate(run: Scored, args) -> tuple[float, Scored] | None:
             raise ValueError(f"{run.checkpoint} has no dev clips of its own (--final trains on them)")
         dev = score(run.checkpoint, run.model, clips, args)
     except (OSError, ValueError) as error:
-        print(f"early exit is not calibrated: {error}", file=sys.stderr)
+        if train.RANK == 0:
+            print(f"early exit is not calibrated: {error}", file=sys.stderr)
         return None
     deepest = sdser.unweighted_average_recall(
         dev.targets, dev.predictions[len(run.model.exits) - 1], len(run.model.labels)
@@ -333,6 +351,8 @@ def calibrate(run: Scored, args) -> tuple[float, Scored] | None:
     good = [row for row in sweep([dev]) if row["uar"] >= deepest - args.tolerance]
     threshold = min(good, key=lambda row: row["macs_per_second"])["threshold"] if good else 1.0
     run.model.threshold = threshold
+    if train.RANK:
+        return threshold, dev
     try:
         train.write_text(os.path.join(run.checkpoint, "config.json"), json.dumps(run.model.arguments, indent=2))
     except ValueError as error:
@@ -343,13 +363,15 @@ def calibrate(run: Scored, args) -> tuple[float, Scored] | None:
 @torch.no_grad()
 def run_adaptive(run: Scored, threshold: float, args) -> tuple[np.ndarray, np.ndarray]:
     """Really runs early exit over the clips, in batches: each clip's exit, by index, and prediction, (N,) both."""
-    index, predictions = np.zeros(len(run.clips), dtype=int), np.zeros(len(run.clips), dtype=int)
+    answers = torch.zeros(2, len(run.clips), dtype=torch.int64)
     paths = [clip.path for clip in run.clips]
     loading = dict(batch_size=args.batch_size, workers=args.workers)
     for i, waveforms, lengths in train.file_batches(paths, run.seconds, run.model.tile_seconds, **loading):
         logits, exits = run.model.early_exit(waveforms.to(args.device), lengths.to(args.device), threshold)
-        index[i] = np.searchsorted(run.model.exits, exits.cpu().numpy())
-        predictions[i] = logits.argmax(-1).cpu().numpy()
+        answers[0, i] = torch.searchsorted(torch.tensor(run.model.exits), exits.cpu())
+        answers[1, i] = logits.argmax(-1).cpu()
+    train.wait()  # as in `train.predict`
+    index, predictions = train.summed(answers).numpy()
     return index, predictions
 
 
@@ -424,19 +446,50 @@ def kept_parameters(model: sdser.MultiExitSER, exit: int) -> int:
 # -- the report -------------------------------------------------------------------------------------------------------
 
 
-def evaluate(args) -> dict:
-    """Everything about the checkpoints, as it goes into the JSON."""
+def evaluate(args) -> dict | None:
+    """Everything about the checkpoints, as it goes into the JSON; of several processes, the first one's result."""
+    # Whatever runs over files, all processes share.
     runs, split = load_and_score(args.checkpoints, args)
-    model = runs[0].model
-    shown = model.exits[-1] if args.exit is None else model.check_exit(args.exit)
     calibrated = [calibrate(run, args) for run in runs]
-    thresholds = [c[0] for c in calibrated if c]
-    milliseconds = time_clips(runs[0], thresholds[0] if thresholds else None)
+    thresholds = [threshold for threshold, _ in filter(None, calibrated)]
+    adaptive = len(thresholds) == len(runs)
+    ways = [run_adaptive(run, threshold, args) for run, threshold in zip(runs, thresholds)] if adaptive else []
+    against = [load_and_score(other, args)[0] for other in args.against]
+    if train.RANK:
+        return None
 
-    targets = np.concatenate([run.targets for run in runs])
+    model, milliseconds = runs[0].model, time_clips(runs[0], thresholds[0] if adaptive else None)
+    rows, (units, by_speaker) = describe_rows(runs, milliseconds), speakers_or_clips(runs)
+    results = {
+        "labels": model.labels,
+        "checkpoints": args.checkpoints,
+        "split": split,
+        "clips": sum(len(run.clips) for run in runs),
+        "speakers": len(set(units)) if by_speaker else None,
+        "chance": 1 / len({clip.label for run in runs for clip in run.clips}),
+        "confusion_exit": args.exit or model.exits[-1],
+        split: {"exits": rows[: len(model.exits)]},
+    }
+    if "fusion" in runs[0].rows:
+        results[split]["fusion"] = rows[-1]
+    if adaptive:
+        results["adaptive"] = sweep([dev for _, dev in calibrated])
+        results["curve"] = sweep(runs)
+        results["chosen"] = {
+            "threshold": thresholds[0] if len(runs) == 1 else thresholds,
+            **describe_adaptive(runs, *zip(*ways)),
+            "ms_per_clip": milliseconds["adaptive"],
+        }
+    if against:
+        results["against"] = [row for theirs in against for row in compare(runs, theirs)]
+    return results
+
+
+def describe_rows(runs: list[Scored], milliseconds: dict) -> list[dict]:
+    """What each exit, and fusion, is worth, and what each exit costs."""
+    model, targets = runs[0].model, np.concatenate([run.targets for run in runs])
     predictions = np.concatenate([run.predictions for run in runs], -1)  # (rows, N)
-    units, by_speaker = speakers_or_clips(runs)
-    draws = bootstrap(targets, predictions, units, len(model.labels))
+    draws = bootstrap(targets, predictions, speakers_or_clips(runs)[0], len(model.labels))
     rows = []
     for name, row, uars in zip(runs[0].rows, predictions, draws):
         confusion = sdser.confusion_matrix(targets, row, len(model.labels))
@@ -446,30 +499,7 @@ def evaluate(args) -> dict:
         if name != "fusion":
             rows[-1] |= {"layers": name, "parameters": kept_parameters(model, name),
                          "macs_per_second": macs_per_second(runs, name), "ms_per_clip": milliseconds[name]}  # fmt: skip
-    results = {
-        "labels": model.labels,
-        "checkpoints": args.checkpoints,
-        "split": split,
-        "clips": len(targets),
-        "speakers": len(set(units)) if by_speaker else None,
-        "chance": 1 / len(set(targets.tolist())),
-        "confusion_exit": shown,
-        split: {"exits": rows[: len(model.exits)]},
-    }
-    if "fusion" in runs[0].rows:
-        results[split]["fusion"] = rows[-1]
-    if len(thresholds) == len(runs):
-        indices, answers = zip(*(run_adaptive(run, t, args) for run, t in zip(runs, thresholds)))
-        results["adaptive"] = sweep([dev for _, dev in calibrated])
-        results["curve"] = sweep(runs)
-        results["chosen"] = {
-            "threshold": thresholds[0] if len(runs) == 1 else thresholds,
-            **describe_adaptive(runs, indices, answers),
-            "ms_per_clip": milliseconds["adaptive"],
-        }
-    if args.against:
-        results["against"] = [row for other in args.against for row in compare(runs, load_and_score(other, args)[0])]
-    return results
+    return rows
 
 
 def dim(text: str) -> str:
@@ -540,6 +570,12 @@ def plot(results: dict, folder: str) -> list[str]:
 
     labels, exits = results["labels"], results[results["split"]]["exits"]
     Path(folder).mkdir(parents=True, exist_ok=True)
+    written = []
+
+    def save(figure, name):
+        written.append(os.path.join(folder, name))
+        with sdser.replacing(written[-1]) as file:
+            figure.savefig(file, format="png", dpi=120)
 
     figure, axes = plt.subplots(figsize=(5.5, 4), layout="constrained")
     cost, uar = [row["macs_per_second"] / 1e9 for row in exits], [row["uar"] for row in exits]
@@ -562,7 +598,7 @@ def plot(results: dict, folder: str) -> list[str]:
     axes.set(xlabel="billion multiply-accumulates per second of audio", ylabel="UAR", ylim=(0, 1))
     axes.set_xlim(0, 1.1 * max(cost))
     axes.legend(loc="lower right", fontsize="small")
-    figure.savefig(os.path.join(folder, "uar_against_cost.png"), dpi=120)
+    save(figure, "uar_against_cost.png")
 
     [confusion] = [np.array(row["confusion"]) for row in exits if row["exit"] == results["confusion_exit"]]
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
@@ -574,7 +610,7 @@ def plot(results: dict, folder: str) -> list[str]:
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     axes.set_yticks(range(len(labels)), labels)
     axes.set(xlabel="predicted", ylabel="true", title=f"clips, exit {results['confusion_exit']}")
-    figure.savefig(os.path.join(folder, "confusion.png"), dpi=120)
+    save(figure, "confusion.png")
 
     figure, axes = plt.subplots(figsize=(2 + 0.9 * len(labels), 3.5), layout="constrained")
     width = 0.8 / len(exits)
@@ -586,23 +622,34 @@ def plot(results: dict, folder: str) -> list[str]:
     axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
     axes.set(ylabel="recall", ylim=(0, 1))
     figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(os.path.join(folder, "recall.png"), dpi=120)
+    save(figure, "recall.png")
     plt.close("all")
-    return [os.path.join(folder, name) for name in ("uar_against_cost.png", "confusion.png", "recall.png")]
+    return written
+
+
+def check_outputs(json_file: str | None, plot: str | None, folder: bool) -> None:
+    """Before the work, not after it: whether what was asked for can be written."""
+    if json_file not in (None, "-"):
+        train.check_writable(json_file)
+    if plot is not None:
+        try:
+            import matplotlib
+        except ImportError:
+            raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+        matplotlib.use("Agg")
+        train.check_writable(plot, folder)
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     with train.script():
+        args.device = train.usable_device(args.device)
+        check_outputs(args.json, args.plot, folder=True)
         if args.audio:
-            sys.exit(classify_files(args))
-        if args.plot:  # before the work, not after it
-            try:
-                import matplotlib
-            except ImportError:
-                raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-            matplotlib.use("Agg")
+            sys.exit(0 if train.RANK else classify_files(args))
         results = evaluate(args)
+        if results is None:
+            return  # the first process reports
         if args.json != "-":
             report(results, args)
         if args.plot:

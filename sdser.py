@@ -772,15 +772,17 @@ def scores(targets, predictions, num_classes: int) -> dict[str, float]:
 def file_errors(path, problem: str, advice: str, kind: type[Exception] = ValueError):
     """Turns whatever a library raises about a file into `kind`, "PATH: PROBLEM (what the library says); ADVICE".
 
-    Sentences that name the file already pass through, so these contexts may be nested.
+    Sentences that name the file already, and those of contexts within this one, pass through.
     """
     try:
         yield
     except Exception as error:
-        if str(error).startswith(f"{path}: "):
+        if str(error).startswith(f"{path}: ") or hasattr(error, "names_file"):
             raise
         reason = (getattr(error, "strerror", None) or str(error)).strip().partition("\n")[0].rstrip(".:")
-        raise kind(f"{path}: {problem} ({reason}); {advice}") from error
+        sentence = kind(f"{path}: {problem} ({reason}); {advice}")
+        sentence.names_file = path
+        raise sentence from error
 
 
 @contextlib.contextmanager

@@ -184,6 +184,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     """Trains, keeps the best epoch by dev UAR, scores it once on test, and reports."""
     start, out = time.time(), Path(args.out)
     args.device = usable_device(args.device)
+    check_writable(out, folder=True)
     if args.batch_size < WORLD:
         raise ValueError(f"--batch-size {args.batch_size}: give at least one clip for each of {WORLD} processes")
     data = load_data(args)
@@ -195,8 +196,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     optimizer, scheduler = make_optimizer(model, args, steps)
     print(f"{args.backbone}: exits {model.exits}, {describe_parameters(model)}, preset {args.preset}, on {args.device}")
     log = restore(state, out, data, model, optimizer, scheduler) if state else []
-    with sdser.file_errors(out, "cannot be made a folder", "name another by --out"):
-        out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     parallel = compiled_and_parallel(model, args)
 
     # Each epoch seeds its own dropout, masks, crops and order, so that a resumed run repeats an unbroken one.
@@ -454,6 +454,17 @@ def split_csv(clips: list["Clip"]) -> str:
     writer.writerow(Clip._fields)
     writer.writerows(clip._replace(path=os.path.abspath(clip.path)) for clip in clips)
     return text.getvalue()
+
+
+def check_writable(path, folder: bool = False) -> None:
+    """Raises ValueError now, before any work, if nothing can be written at that place."""
+    place = Path(path).absolute() if folder else Path(path).absolute().parent
+    while folder and not place.exists():
+        place = place.parent
+    with sdser.file_errors(path, f"cannot be {'made a folder' if folder else 'written'}", "name another place"):
+        if os.path.isdir(path) and not folder:
+            raise ValueError("it is a folder")
+        tempfile.TemporaryFile(dir=place).close()
 
 
 def write_text(path, text: str) -> None:

@@ -13,6 +13,7 @@ import torch
 import torch._dynamo  # optimizers import it when they first step
 import transformers.models.wav2vec2.modeling_wav2vec2  # noqa: F401
 
+import evaluate
 import train
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -71,6 +72,15 @@ def fit_rank(rank: int, world: int, port: int, flags, log, before=None) -> None:
     if before:
         before(rank)
     fit(flags, log)
+
+
+def evaluate_rank(rank: int, world: int, port: int, flags, log) -> None:
+    """evaluate.py as one of several processes; the first one's standard output goes to a file of its own."""
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    train.RANK, train.LOCAL_RANK, train.WORLD = rank, rank, world
+    torch.set_num_threads(1)
+    with output_to(log):
+        evaluate.main(list(map(str, flags)))
 
 
 def fit_plainly(flags, log) -> None:

@@ -43,7 +43,7 @@ def sharpen(model):
     """Random heads answer much the same to everything; larger weights make a mistake before them visible."""
     with torch.no_grad():
         for head in model.heads.values():
-            head.classifier.weight *= 20
+            head.classifier.weight *= 3
     return model
 
 
@@ -197,7 +197,13 @@ def test_budget_and_verdict():
         (["--backbone", "tiny", "--exits", "9"], "from 1 to the backbone's 4 layers"),
         (["nowhere"], "nowhere: no such folder"),
         (["--backbone", "tiny", "--seconds", "0.01"], "from 0.025 to 60"),
-        (["--backbone", "tiny", "--threads", "0"], "at least 1"),
+        (["--backbone", "tiny", "--threads", "0"], "--threads: 0 is not a whole number above 0"),
+        (["--backbone", "tiny", "--rounds", "0"], "--rounds: 0 is not a whole number above 0"),
+        (["--backbone", "tiny", "--budget-ms", "nan"], "--budget-ms: nan is not a number above 0"),
+        (["--backbone", "tiny", "--json", "/nonexistent/a.json"], "/nonexistent/a.json: cannot be written"),
+        (["--backbone", "tiny", "--plot", "/nonexistent/a.png"], "/nonexistent/a.png: cannot be written"),
+        (["--backbone", "tiny", "--export", "/nonexistent/a.pt2"], "/nonexistent/a.pt2: cannot be written"),
+        (["--backbone", "tiny", "--export", __file__ + "/a"], "cannot be made a folder (Not a directory)"),
         (["--backbone", "tiny", "--exit", "1"], "go with --export"),
         (["run", "--head", "gru"], "--head goes with --backbone"),
     ],

@@ -2,8 +2,12 @@
 
 import contextlib
 import json
+import re
+import resource
 import shutil
 from collections import Counter
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +16,7 @@ from conftest import build
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import benchmark_edge
 import evaluate
 import sdser
 import train
@@ -350,13 +355,73 @@ def test_plots_without_matplotlib(runs, capsys, monkeypatch):
         (["--audio", "x.wav", "--threshold", "high"], "give a number from 0 to 1, or auto"),
         (["--audio", "x.wav", "--threshold", 2], "give a probability from 0 to 1"),
         (["--audio", "x.wav", "--against", "y"], "--audio goes with one checkpoint"),
-        (["--tolerance", -1], "--tolerance -1.0: give a number from 0 to 1"),
+        (["--tolerance", -1], "--tolerance: -1 is not a share from 0 to 1"),
         (["--data", "nowhere"], "nowhere: no such folder or manifest"),
         (["--against", "nowhere"], "nowhere: no such folder"),
+        (["--device", "cuda:7"], "--device cuda:7: cannot be used here"),
+        (["--workers", -1], "--workers: -1 is not a whole number of at least 0"),
+        (["--batch-size", 0], "--batch-size: 0 is not a whole number above 0"),
+        (["--json", "/nonexistent/a.json"], "/nonexistent/a.json: cannot be written (No such file or directory)"),
+        (["--audio", "x.wav", "--json", "/nonexistent/a.json"], "/nonexistent/a.json: cannot be written"),
+        (["--plot", __file__], "cannot be made a folder"),
     ],
 )
 def test_wrong_flags(runs, capsys, flags, message):
     assert message in refused(capsys, runs / "fold1", *flags)
+
+
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        (evaluate, ["--json", "/nonexistent/a"]),
+        (evaluate, ["--audio", "x.wav", "--json", "/nonexistent/a"]),
+        (evaluate, ["--plot", f"{__file__}/a"]),
+        (benchmark_edge, ["--json", "/nonexistent/a"]),
+        (benchmark_edge, ["--plot", "/nonexistent/a"]),
+        (benchmark_edge, ["--export", "/nonexistent/a.onnx"]),
+        (benchmark_edge, ["--export", f"{__file__}/a"]),
+        (train, ["--data", "nowhere", "--out", f"{__file__}/a"]),
+    ],
+)
+def test_places_are_tried_before_any_work(capsys, script, flags):
+    """Even before the checkpoint, or the data, which are not there."""
+    with pytest.raises(SystemExit) as end:
+        script.main([*([] if script is train else ["no-checkpoint"]), *flags])
+    assert end.value.code == 2
+    assert re.fullmatch(rf"error: {flags[-1]}: cannot be (written|made a folder) .*\n", capsys.readouterr().err)
+
+
+def test_what_a_script_writes_is_whole_or_not_there(runs, tmp_path, capsys):
+    """A file that cannot grow: one sentence, the earlier file in place, and nothing beside it."""
+    (tmp_path / "a.json").write_text("earlier")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        error = refused(capsys, runs / "fold1", "--json", tmp_path / "a.json")
+        with pytest.warns(UserWarning, match="the threshold is not kept: .*config.json: cannot be written"):
+            evaluate.main([str(runs / "fold1")])
+        with (
+            pytest.raises(ValueError, match=r"plot\.png: cannot be written"),
+            sdser.replacing(tmp_path / "plot.png") as file,
+        ):
+            file.write(bytes(1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (
+        error == f"error: {tmp_path / 'a.json'}: cannot be written (File too large); make room, or name another place"
+    )
+    assert (tmp_path / "a.json").read_text() == "earlier" and len(list(tmp_path.iterdir())) == 1
+    assert not list((runs / "fold1").glob("*.tmp"))
+
+
+def test_a_model_of_synthetic_voices_says_so_of_other_files(tmp_path, capsys, monkeypatch, wav):
+    monkeypatch.setattr(train, "make_synthetic", partial(train.make_synthetic, clips=1))
+    train.main(["--epochs", "1", "--out", str(tmp_path / "run")])
+    voice = next(Path(train.make_synthetic()).iterdir())
+    note = f"note: {tmp_path / 'run'} was trained on synthetic voices; what it says of"
+    assert report_status(capsys, tmp_path / "run", "--audio", voice)[2] == ""
+    mine = wav(0.1 * np.random.default_rng(0).normal(size=8000))
+    assert report_status(capsys, tmp_path / "run", "--audio", voice, mine, mine)[2].count(note) == 1
 
 
 def test_files_are_read_as_they_are_needed(corpus, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -146,6 +147,38 @@ def test_killed_before_every_change_of_a_file(corpus, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         codes = list(pool.map(kill_before, range(24)))
     assert codes == sorted(codes, reverse=True) and codes.count(9) > 10 and codes[-1] == 0, "all changes were met"
+
+
+def fit_on_a_full_disk(flags, log, size: int) -> None:
+    """`fit` where no file may grow beyond so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    processes.fit(flags, log)
+
+
+def contents(folder) -> dict:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("size", "file"), [(5_000_000, "train_state.pt"), (1_000_000, "model.safetensors")])
+def test_a_full_disk_loses_nothing_and_resumes_once_there_is_room(corpus, tmp_path, size, file):
+    """The first epochs fit, the next one's files do not."""
+    out, text = tmp_path / "run", tmp_path / "run.txt"
+    whole = finish(flags_of(corpus, tmp_path / "whole", "--epochs", 3), tmp_path / "whole")
+    stopped = processes.start(processes.fit_until, flags_of(corpus, out, "--epochs", 3), text, 12)
+    stopped.join()
+    before = contents(out)
+    assert stopped.exitcode == 9 and len(before["train_state.pt"]) > 5_000_000
+    process = processes.start(fit_on_a_full_disk, go_on(None, out), text, size)
+    process.join()
+    error = text.read_text().splitlines()[-1]
+    assert process.exitcode == 2 and error.startswith(
+        f"error: {out}/{file}: cannot be written (File too large); make room"
+    )
+    after = contents(out)
+    assert not [name for name in after if name.endswith(".tmp")]
+    assert all(after[name] == before[name] for name in ("train_state.pt", "split.csv"))
+    sdser.MultiExitSER.from_pretrained(out)
+    assert finish(None, out) == whole
 
 
 def test_control_c(corpus, tmp_path, capsys):

@@ -133,7 +133,8 @@ def test_damaged_checkpoints_are_refused(tmp_path, what):
 
 
 @pytest.mark.parametrize("name", ["out", "runs/of/mine", "/nowhere/out", "nobody/nothing"])
-def test_missing_checkpoint_is_named(name):
+def test_missing_checkpoint_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=f"^{name}: "):
         sdser.MultiExitSER.from_pretrained(name)
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -148,6 +150,34 @@ def test_more_processes_than_clips_in_a_batch(tmp_path, flags):
     group = together(tmp_path / "run", flags("run", "--batch-size", 1))
     assert [process.exitcode for process in group] == [2, 2]
     assert "--batch-size 1: give at least one clip for each of 2 processes" in (tmp_path / "run.txt").read_text()
+
+
+def test_evaluation_is_shared_out_and_is_what_one_process_says(corpus, tmp_path):
+    """To the digit, but for what is timed: the JSON, the report, and the threshold that is kept."""
+    alone(tmp_path / "run", ["--data", corpus, "--epochs", "2", "--batch-size", "4", "--out", tmp_path / "run"])
+    found = []
+    for world in (1, 2, 3):
+        scored, text, out = tmp_path / "scored", tmp_path / f"{world}.txt", tmp_path / f"{world}.json"
+        shutil.copytree(tmp_path / "run", scored)
+        flags = scored, "--against", tmp_path / "run", "--batch-size", 5, "--json", out
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        group = [processes.start(processes.evaluate_rank, rank, world, port, flags, text) for rank in range(world)]
+        for process in group:
+            process.join(120)
+        assert [process.exitcode for process in group] == [0] * world, text.read_text()
+        report = re.sub(r" +\d+\.\d\b(?!\d)", "", text.read_text())  # milliseconds have one decimal place
+        found.append([untimed(json.loads(out.read_text())), (scored / "config.json").read_text(), report])
+        shutil.rmtree(scored)
+    assert found[0] == found[1] == found[2]
+    assert "early exit at confidence" in found[0][2] and found[0][0]["clips"] == 12
+
+
+def untimed(results):
+    """Without milliseconds, at any depth."""
+    if isinstance(results, dict):
+        return {name: untimed(value) for name, value in results.items() if name != "ms_per_clip"}
+    return [untimed(value) for value in results] if isinstance(results, list) else results
 
 
 @pytest.mark.slow
