@@ -83,6 +83,21 @@ def test_every_head(head, backend):
     assert logits.shape == (2, 3) and set(exits.tolist()) <= {1, 2, 4}
 
 
+@pytest.mark.parametrize("head", ["gru", "lstm"])
+def test_bf16_is_bfloat16_all_through(head):
+    """Recurrent heads too: nothing in it is int8, and it is closer to the model than int8 is."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("no bfloat16 here")
+    model, clip = build(head=head), torch.randn(1, 20_000)
+    bf16, int8 = (benchmark_edge.optimize_for_cpu(model, backend) for backend in ("bf16", "int8"))
+    quantized = lambda copy: [m for m in copy.modules() if "quantized" in type(m).__module__]  # noqa: E731
+    assert quantized(int8) and not quantized(bf16)
+    packed = [m for m in bf16.modules() if isinstance(m, benchmark_edge.PackedLinear)]
+    assert packed and all(m.precision == torch.bfloat16 for m in packed)
+    exact = embeddings(model, clip)
+    assert relative(embeddings(bf16, clip), exact) < relative(embeddings(int8, clip), exact)
+
+
 def test_the_first_layer_in_one_pass_holds_for_any_signal():
     layer = build().backbone.feature_extractor.conv_layers[0]
     with torch.no_grad():
