@@ -597,7 +597,7 @@ def read_folder(folder: str) -> list[Clip]:
 
 def find_manifest(folder: str, split: str) -> list[str]:
     """The manifest of that split in the folder, as a list of none or one."""
-    names = ["dev", "devel"] if split == "dev" else [split]
+    names = ("dev", *DEV_NAMES) if split == "dev" else (split,)
     paths = [os.path.join(folder, name + ending) for name in names for ending in MANIFEST_ENDINGS]
     found = [path for path in paths if os.path.isfile(path)]
     if len(found) > 1:
@@ -605,41 +605,45 @@ def find_manifest(folder: str, split: str) -> list[str]:
     return found
 
 
-# What manifests call our columns: ours first, then EmoBox's and other common names.
+# What manifests call our columns, and dev: ours first, then other common names.
 COLUMNS = {
     "path": ("path", "wav", "file", "filename", "file_name", "audio"),
     "label": ("label", "emo", "emotion"),
     "speaker": ("speaker", "spk", "speaker_id"),
     "split": ("split",),
 }
+DEV_NAMES = ("devel", "valid", "val", "validation")
 
 
-def read_table(manifest: str) -> tuple[list[str], list[tuple[int, dict]]]:
-    """The column names of a CSV, TSV or JSONL, and its rows, each with its line number."""
+def read_table(manifest: str) -> tuple[list[str], list[tuple[int, dict]], str]:
+    """The column names of a CSV, TSV or JSONL, its rows, each with its line number, and what separates columns."""
     with open(manifest, encoding="utf-8-sig", newline="") as file:
         if manifest.lower().endswith(".jsonl"):
             rows = [(number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip()]
             if odd := [number for number, row in rows if not isinstance(row, dict)]:
                 raise ValueError(f"line {odd[0]}: not an object")
-            return list(rows[0][1]) if rows else [], rows
-        reader = csv.DictReader(file, delimiter="\t" if manifest.lower().endswith(".tsv") else ",")
+            return list(rows[0][1]) if rows else [], rows, ""
+        header = file.readline()  # it tells, whatever the file's name: the authors' lists are a .csv with tabs
+        delimiter = max(",\t;", key=header.count)
+        file.seek(0)
+        reader = csv.DictReader(file, delimiter=delimiter)
         rows = [(reader.line_num, row) for row in reader]
         if odd := [number for number, row in rows if None in row]:
             raise ValueError(f"line {odd[0]}: more fields than the first line names")
-        return list(reader.fieldnames or []), rows
+        return list(reader.fieldnames or []), rows, delimiter
 
 
 def read_manifest(manifest: str) -> list[Clip]:
     """Clips of a CSV or TSV with a header, or of a JSONL; paths are relative to the manifest.
 
-    A TSV of two columns with other headings is read as file name and label, as in the authors' lists.
+    Two columns between tabs, with other headings, are read as file name and label, as in the authors' lists.
     """
     with sdser.file_errors(manifest, "not readable as a manifest", "mend that line, or save it as UTF-8 text"):
-        header, rows = read_table(manifest)
+        header, rows, delimiter = read_table(manifest)
     if not rows:
         raise ValueError(f"{manifest}: lists no clips")
     columns = {ours: next((name for name in names if name in header), None) for ours, names in COLUMNS.items()}
-    if manifest.lower().endswith(".tsv") and len(header) == 2 and not (columns["path"] and columns["label"]):
+    if delimiter == "\t" and len(header) == 2 and not (columns["path"] and columns["label"]):
         first, second = header
         columns["path"] = columns["path"] or (second if columns["label"] == first else first)
         columns["label"] = second if columns["path"] == first else first
@@ -651,7 +655,7 @@ def read_manifest(manifest: str) -> list[Clip]:
     for number, row in rows:
         values = (row.get(columns[ours]) if columns[ours] else None for ours in COLUMNS)
         path, label, speaker, split = ("" if value is None else str(value).strip() for value in values)
-        split = {"devel": "dev", "validation": "dev"}.get(split, split)
+        split = "dev" if split in DEV_NAMES else split
         if not path or not label or split not in ("", *SPLITS):
             wrong = "no path" if not path else "no label" if not label else f"unknown split {split!r}"
             raise ValueError(f"{manifest}, line {number}: {wrong}; give a path, a label, and a split or nothing")

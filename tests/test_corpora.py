@@ -101,12 +101,28 @@ def test_csv(tmp_path):
     ]  # fmt: skip
 
 
+def test_the_header_tells_the_delimiter_whatever_the_ending(tmp_path):
+    for name, delimiter in (("a.csv", "\t"), ("b.csv", ";"), ("c.tsv", ",")):
+        text = "path,label,speaker\nx.wav,joy,s\n".replace(",", delimiter)
+        assert train.load_corpus(write(tmp_path / name, text)) == [Clip(str(tmp_path / "x.wav"), "joy", "s", None)]
+    authors = write(tmp_path / "train.csv", "filename\temotion_class\na, b.wav\tjoy\n")
+    assert train.load_corpus(authors) == [Clip(str(tmp_path / "a, b.wav"), "joy", None, None)]
+
+
+@pytest.mark.parametrize("name", ["dev", "devel", "valid", "val", "validation"])
+def test_names_of_dev(tmp_path, name):
+    manifest = write(tmp_path / "list.csv", f"path,label,split\nx.wav,joy,{name}\n")
+    assert train.load_corpus(manifest)[0].split == "dev"
+    write(tmp_path / "folder" / f"{name}.csv", "path,label\nx.wav,joy\n")
+    assert train.load_corpus(tmp_path / "folder")[0].split == "dev"
+
+
 def test_tsv_without_speakers(tmp_path):
     manifest = write(tmp_path / "list.tsv", "path\tlabel\nx.wav\tjoy\n")
     assert train.load_corpus(manifest) == [Clip(str(tmp_path / "x.wav"), "joy", None, None)]
 
 
-def test_emobox_jsonl(tmp_path):
+def test_jsonl(tmp_path):
     rows = [{"key": "1", "dataset": "emodb", "wav": "wav/1.wav", "sample_rate": 16000, "length": 1.9, "emo": "hap"}]
     manifest = write(tmp_path / "train.jsonl", "\n".join(map(json.dumps, rows)) + "\n")
     assert train.load_corpus(manifest) == [Clip(str(tmp_path / "wav/1.wav"), "hap", None, None)]
