@@ -3,9 +3,10 @@
 A pre-trained speech transformer (wav2vec 2.0, HuBERT or WavLM) gets a classifier, an *exit*, at several of its layers.
 While it is fine-tuned, the shallow exits (students) also learn from the deepest (the teacher), so that one network
 can run at several depths: Ren, Nguyen, Chang, Schuller, "Fast Yet Effective Speech Emotion Recognition with
-Self-distillation", ICASSP 2023, arXiv 2210.14636.
+Self-distillation", ICASSP 2023, arXiv 2210.14636. What is called the paper's here is what its authors' released code
+does.
 
-In the order in which data meets it:
+In the order in which data meets it; in a hurry, read ExitHead, MultiExitSER.forward to early_exit, and the loss:
 
     audio       load_audio, prepare            file -> waveform
     backbone    load_backbone, standardize
@@ -13,7 +14,8 @@ In the order in which data meets it:
     the model   MultiExitSER                   waveform -> one ExitOutput per exit; early exit; saving and loading
     the loss    self_distillation_loss         and fuse, which lets the exit with the largest margin decide
     metrics     unweighted_average_recall, scores
-    files       file_errors, replacing         reading and writing that fails with one sentence, and loses nothing
+
+and last, file_errors and replacing, with which files are read and written: what fails is one sentence, nothing is lost.
 
 Shapes: B clips, T samples or frames, D features, C classes. Waveforms are float32 at 16 kHz.
 """
@@ -75,7 +77,7 @@ def load_audio(
     if rate != SAMPLE_RATE:
         with file_errors(path, f"resampling from {rate} Hz needs torchaudio", TORCHAUDIO):
             import torchaudio  # here, so that nothing else needs it
-        # The filter grows with rate / gcd(rate, 16000): odd rates, such as 11127 Hz, are rounded to 25 Hz.
+        # The filter grows with rate / gcd(rate, 16000): odd rates, such as 11127 Hz, become a multiple of 25 Hz.
         waveform = torchaudio.functional.resample(waveform, max(25, 25 * round(rate / 25)), SAMPLE_RATE)
     check_waveform(path, waveform)
     return waveform
@@ -177,10 +179,12 @@ def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
         return transformers.Wav2Vec2Config(**SIZES[backbone], do_normalize=True)
     else:
         config = read_config(os.fspath(backbone))
-    if config.get("model_type") not in MODEL_TYPES or config.get("conv_pos_batch_norm"):
+    if config.get("model_type") not in MODEL_TYPES:
+        known = ", ".join(MODEL_TYPES)
+        raise ValueError(f"{backbone}: model type {config.get('model_type')!r} is not supported; give one of {known}")
+    if config.get("conv_pos_batch_norm"):
         raise ValueError(
-            f"{backbone}: model type {config.get('model_type')!r} of this layout is not supported; "
-            f"give one of {', '.join(MODEL_TYPES)}"
+            f"{backbone}: a batch norm in the position convolution is not supported; give another backbone"
         )
     with file_errors(backbone, "its configuration cannot be read", "save it anew"):
         config = transformers.AutoConfig.for_model(**config)
@@ -191,13 +195,14 @@ def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
 
 def read_config(backbone: str) -> dict:
     """config.json of a local folder or a Hub model, and `do_normalize` of its preprocessor_config.json, if any."""
-    local, kind = os.path.isdir(backbone), FileNotFoundError
-    problem, advice = f"not a built-in size ({', '.join(SIZES)}), a folder, or a Hub model within reach", "give one"
-    if local:
-        problem, advice, kind = "its configuration cannot be read", "save it anew", ValueError
-    elif "/" not in backbone:
-        raise FileNotFoundError(f"{backbone}: {problem}; {advice}")
-    with file_errors(backbone, problem, advice, kind):
+    if os.path.isdir(backbone):
+        errors = file_errors(backbone, "its configuration cannot be read", "save it anew")
+    else:
+        problem = f"not a built-in size ({', '.join(SIZES)}), a folder, or a Hub model within reach"
+        if "/" not in backbone:
+            raise FileNotFoundError(f"{backbone}: {problem}; give one")
+        errors = file_errors(backbone, problem, "give one", FileNotFoundError)
+    with errors:
         config, _ = transformers.PretrainedConfig.get_config_dict(backbone)
         preprocessor = cached_file(backbone, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
         preprocessing = json.loads(Path(preprocessor).read_text()) if preprocessor else {}
@@ -212,12 +217,14 @@ def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig) -
         return transformers.AutoModel.from_config(config, dtype=torch.float32)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # else it lists every layer and quantizer weight left out on purpose
-    with file_errors(backbone, "its weights cannot be loaded", "download or save it anew"):
-        model, info = transformers.AutoModel.from_pretrained(
-            backbone, config=config, dtype=torch.float32, output_loading_info=True
-        )
-        model.train()  # as a model is that has just been built
-    transformers.logging.set_verbosity(verbosity)
+    try:
+        with file_errors(backbone, "its weights cannot be loaded", "download or save it anew"):
+            model, info = transformers.AutoModel.from_pretrained(
+                backbone, config=config, dtype=torch.float32, output_loading_info=True
+            )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    model.train()  # from_pretrained leaves it in evaluation mode, from_config in training mode
     if missing := set(info["missing_keys"]) - {"masked_spec_embed"}:
         raise ValueError(f"{backbone}: {len(missing)} weights are missing, {min(missing)} for one; save it anew")
     return model
@@ -287,8 +294,9 @@ class ExitHead(nn.Module):
             hidden = F.selu(self.norm(self.rnn(hidden)[0]))  # (B, T, D)
         if valid is None:
             valid = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
+        # a plain mean is attention with equal scores
         score = self.score(hidden).squeeze(-1) if self.kind == "attention" else hidden.new_zeros(valid.shape)
-        weights = score.masked_fill(~valid, -torch.inf).softmax(-1)  # (B, T), uniform for a plain mean
+        weights = score.masked_fill(~valid, -torch.inf).softmax(-1)  # (B, T)
         embedding = torch.einsum("bt,btd->bd", weights, hidden)
         return self.classifier(self.projector(embedding)), embedding
 
@@ -302,19 +310,6 @@ class ExitOutput(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
 # ---------------------------------------------------------------------------------------------------------------------
-
-# What is used of a backbone; its own forward never runs. `config` is always the backbone's, of `transformers`.
-#
-#   feature_extractor.conv_layers   7 convolutions, (B, 1, samples) -> (B, channels, T), one frame per 20 ms
-#   feature_projection              LayerNorm and Linear, (B, T, channels) -> (B, T, D)
-#   masked_spec_embed               (D,), the learned vector in the place of masked frames
-#   encoder.pos_conv_embed          a convolution over 128 frames, (B, T, D) -> (B, T, D), added to its input
-#   encoder.layers                  L transformer layers, (B, T, D) -> (B, T, D)
-#   encoder.layer_norm              before layer 1 (post-LN, do_stable_layer_norm false) or after the last (pre-LN)
-#
-# Where padding could leak: the norm over time after convolution 1 of "base" models, the position convolution, and
-# attention; see `embed_frames` and `run_layers`. Convolutions 2 to 7 pad nothing, so that a clip's frames, counted by
-# its length, read that clip's samples alone; all other norms are per frame.
 
 
 class Frames(NamedTuple):
@@ -342,6 +337,21 @@ class Prediction(NamedTuple):
     probabilities: dict[str, float]  # by label
     exit: int  # the exit that answered
     milliseconds: float  # from waveform to probabilities
+
+
+# The modules of a backbone that are used here; its own forward never runs. `config` is always the backbone's.
+#
+#   feature_extractor.conv_layers   7 convolutions, (B, 1, samples) -> (B, channels, T), one frame per 20 ms
+#   feature_projection              LayerNorm and Linear, (B, T, channels) -> (B, T, D)
+#   masked_spec_embed               (D,), the learned vector in the place of masked frames
+#   encoder.pos_conv_embed          a convolution over 128 frames, (B, T, D) -> (B, T, D), added to its input
+#   encoder.layers                  L transformer layers, (B, T, D) -> (B, T, D)
+#   encoder.layer_norm              before layer 1 (post-LN, do_stable_layer_norm false) or after the last (pre-LN)
+#
+# Padding could leak where positions mix: in the normalisation of the waveform, in the norm over time after convolution
+# 1 of "base" models, in the position convolution, in attention, and where an exit pools. Convolutions 2 to 7 pad
+# nothing, so that a clip's frames, counted by its length, read that clip's samples alone; all other norms are per
+# frame. Where no clip of a batch is padded, lengths and `valid` are None, and the masks cost nothing.
 
 
 class MultiExitSER(
@@ -427,7 +437,7 @@ class MultiExitSER(
 
     def embed_frames(self, waveforms: Tensor, lengths: Tensor | None = None) -> Frames:
         """All that comes before the transformer layers: normalisation, CNN, projection, time mask, position."""
-        lengths = self.check_batch(waveforms, lengths)
+        lengths = self.checked_lengths(waveforms, lengths)
         config, encoder = self.backbone.config, self.backbone.encoder
         valid = None if lengths is None else valid_mask(lengths, waveforms.shape[1])  # (B, samples)
         if config.do_normalize:
@@ -465,18 +475,17 @@ class MultiExitSER(
         short clips spans are shorter, so that the fewest allowed never cover more than half.
         """
         config, (batch, size, _), device = self.backbone.config, hidden.shape, hidden.device
-        least = config.mask_time_min_masks
         frames = valid.sum(1) if valid is not None else torch.full((batch,), size, device=device)  # (B,)
-        length = (frames // (2 * max(1, least))).clamp(max=config.mask_time_length)  # of a span
-        count = (config.mask_time_prob * frames / length.clamp(min=1) + torch.rand(batch, device=device)).floor()
-        count, most = (
-            count.clamp(min=least),
-            max(least, 1 + int(config.mask_time_prob * size)),
-        )  # spans: of each clip, S
+        least = config.mask_time_min_masks
+        length = (frames // (2 * max(1, least))).clamp(max=config.mask_time_length)  # (B,) of a span
+        count = config.mask_time_prob * frames / length.clamp(min=1) + torch.rand(batch, device=device)
+        count = count.floor().clamp(min=least)  # (B,) spans of each clip
+        most = max(least, 1 + int(config.mask_time_prob * size))  # S: no clip has more spans
         start = (torch.rand(batch, most, device=device) * (frames - length + 1)[:, None]).long()  # (B, S)
         t = torch.arange(size, device=device)
         masked = (t >= start[..., None]) & (t < (start + length[:, None])[..., None])  # (B, S, T)
-        return (masked & (torch.arange(most, device=device) < count[:, None])[..., None]).any(1)
+        used = torch.arange(most, device=device) < count[:, None]  # (B, S)
+        return (masked & used[..., None]).any(1)
 
     def run_layers(self, frames: Frames, start: int, stop: int) -> Frames:
         """Transformer layers start+1 to stop; padded frames are attended by none."""
@@ -498,7 +507,7 @@ class MultiExitSER(
         hidden, head = frames.hidden, self.heads[str(exit)]
         if self.backbone.config.do_stable_layer_norm:  # pre-LN: the encoder's last norm belongs to every exit
             hidden = self.backbone.encoder.layer_norm(hidden)
-        # its own precision also under autocast: half precision slows recurrence down, and the losses need float32
+        # heads run in their own dtype even under autocast: half precision slows recurrence, and the losses need float32
         with torch.autocast(hidden.device.type, enabled=False):
             return ExitOutput(exit, *head(hidden.to(head.projector.weight.dtype), frames.valid))
 
@@ -508,8 +517,8 @@ class MultiExitSER(
     def early_exit(self, waveforms: Tensor, lengths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         """Runs layer by layer; a clip leaves at the first exit whose top probability reaches the threshold.
 
-        Clips that have left are dropped from the batch, and the rest is trimmed to the longest that stays: no layer
-        runs that no answer needs.
+        The deepest exit answers for those that stay to the end. Clips that have left are dropped from the batch, and
+        the rest is trimmed to the longest that stays: no layer runs that no answer needs.
 
         Args:
             waveforms, lengths: as in `forward`.
@@ -529,7 +538,7 @@ class MultiExitSER(
             frames = self.run_layers(frames, start, k)
             output = self.read_exit(k, frames)
             logits[active], exits[active] = output.logits.float(), k
-            stay = output.logits.softmax(-1).amax(-1) < threshold  # (B still active,)
+            stay = output.logits.float().softmax(-1).amax(-1) < threshold  # (B still active,)
             if not stay.any():
                 break
             active, frames = active[stay], frames.keep(stay)
@@ -555,7 +564,7 @@ class MultiExitSER(
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"threshold {threshold}: give a probability from 0 to 1")
         exit = self.exits[-1] if exit is None else self.check_exit(exit)
-        one = isinstance(clips, str | os.PathLike) or getattr(clips, "ndim", 2) == 1
+        one = isinstance(clips, str | os.PathLike) or getattr(clips, "ndim", None) == 1  # a list has no ndim
         device, training, predictions = next(self.parameters()).device, self.training, []
         self.eval()
         try:
@@ -580,8 +589,8 @@ class MultiExitSER(
             raise ValueError(f"exit {exit}: the model has exits {', '.join(map(str, self.exits))}")
         return exit
 
-    def check_batch(self, waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
-        """Raises ValueError unless the arguments of `forward` fit; returns lengths, or None where no clip is padded."""
+    def checked_lengths(self, waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
+        """lengths, or None where no clip is padded; raises ValueError unless the arguments of `forward` fit."""
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
             raise ValueError(f"waveforms must be a (B, T) float tensor, not {waveforms.dtype} {tuple(waveforms.shape)}")
         size = shortest = longest = waveforms.shape[1]
@@ -594,7 +603,7 @@ class MultiExitSER(
             frame = (frame - 1) * stride + kernel
         if shortest < frame or longest > size:
             raise ValueError(
-                f"clips of {shortest} to {longest} samples in a batch of {size}: give at least {frame}, at most all"
+                f"clips of {shortest} to {longest} samples in a batch of {size}: give at least {frame}, at most {size}"
             )
         return None if shortest == size else lengths
 
@@ -688,9 +697,9 @@ def self_distillation_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """The paper's loss: every exit learns the labels, and each shallow one what the deepest knows.
 
-        L = CE(z_d, y) + 1/|S| Σ_{k in S} [ CE(z_k, y) + α T² KL(softmax(z_d/T) ‖ softmax(z_k/T)) + β ‖f_k − f_d‖² ]
+        L = CE(z_d, y) + 1/|S| Σ_{k in S} [ CE(z_k, y) + α T² KL(softmax(z_d/T) ‖ softmax(z_k/T)) + β MSE(f_k, f_d) ]
 
-    S are the shallow exits (students), d the deepest (teacher), z logits, f embeddings, ‖·‖² the mean over elements.
+    S are the shallow exits (students), d the deepest (teacher), z logits, f embeddings.
 
     Args:
         outputs: what the model returned, shallow to deep; one alone has no students and gives CE(z_d, y).
@@ -711,24 +720,27 @@ def self_distillation_loss(
     if detach_teacher:
         teacher_logits, teacher_embedding = teacher_logits.detach(), teacher_embedding.detach()
     for student in students:
-        terms = {"ce_students": (1.0, F.cross_entropy(student.logits, targets))}  # CE(z_k, y)
-        if kl_weight:
+        ce = F.cross_entropy(student.logits, targets)  # CE(z_k, y)
+        loss = loss + ce / len(students)
+        parts["ce_students"] += ce.item() / len(students)
+        if kl_weight:  # T² KL(softmax(z_d/T) ‖ softmax(z_k/T))
             log_p_student = F.log_softmax(student.logits / temperature, -1)
             log_p_teacher = F.log_softmax(teacher_logits / temperature, -1)
-            kl = F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True)
-            terms["kl"] = (kl_weight, temperature**2 * kl)  # T² KL(softmax(z_d/T) ‖ softmax(z_k/T))
+            kl = temperature**2 * F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True)
+            loss = loss + kl_weight * kl / len(students)
+            parts["kl"] += kl.item() / len(students)
         if hint_weight:
-            terms["hint"] = (hint_weight, F.mse_loss(student.embedding, teacher_embedding))  # ‖f_k − f_d‖²
-        for name, (weight, term) in terms.items():
-            loss = loss + weight * term / len(students)
-            parts[name] += term.item() / len(students)
+            hint = F.mse_loss(student.embedding, teacher_embedding)  # MSE(f_k, f_d)
+            loss = loss + hint_weight * hint / len(students)
+            parts["hint"] += hint.item() / len(students)
     return loss, parts
 
 
 def fuse(outputs: list[ExitOutput] | Tensor) -> Tensor:
     """The logits (B, C) of each clip's exit with the largest margin, top-1 minus top-2.
 
-    outputs: what the model returned, or the exits' logits (exits, B, C).
+    outputs: the exits that take part, or their logits (exits, B, C). In the paper they are the students alone:
+    `fuse(outputs[:-1])`.
     """
     logits = outputs if isinstance(outputs, Tensor) else torch.stack([output.logits for output in outputs])
     first, second = logits.topk(2, dim=-1).values.unbind(-1)  # (exits, B) each
