@@ -92,8 +92,9 @@ def classify_files(args) -> int:
         model.check_exit(args.exit)
     elif threshold is None and model.threshold is not None:
         threshold = "auto"
-    if foreign := [path for path in args.audio if knows_synthetic_voices_alone(checkpoint, path)]:
-        print(f"note: {checkpoint} was trained on synthetic voices; what it says of {foreign[0]} means nothing",
+    foreign = [path for path in args.audio if not is_synthetic(path)]
+    if foreign and knows_synthetic_voices_alone(checkpoint):
+        print(f"note: {checkpoint} was trained on synthetic voices; its answer to {foreign[0]} means nothing",
               file=sys.stderr)  # fmt: skip
     try:
         for path in args.audio:
@@ -112,13 +113,16 @@ def classify_files(args) -> int:
     return status
 
 
-def knows_synthetic_voices_alone(checkpoint: str, path: str) -> bool:
-    """Whether the model was trained on the synthetic corpus, which this file is not of."""
+def knows_synthetic_voices_alone(checkpoint: str) -> bool:
     try:
-        folders = {Path(clip.path).parent for clip in own_clips(checkpoint)}
+        return all(is_synthetic(clip.path) for clip in own_clips(checkpoint))
     except (OSError, ValueError):
         return False
-    return folders == {Path(train.make_synthetic())} and Path(path).absolute().parent not in folders
+
+
+def is_synthetic(path: str) -> bool:
+    folder = Path(path).absolute().parent
+    return folder.parent == train.cache_folder() and folder.name.startswith("synthetic-")
 
 
 # -- scoring ----------------------------------------------------------------------------------------------------------

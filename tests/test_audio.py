@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import build
+from conftest import build, resamples
 
 import sdser
 
@@ -21,6 +21,7 @@ def test_formats(wav, ending):
         torch.testing.assert_close(waveform, torch.from_numpy(TONE).float(), atol=1e-4, rtol=0)
 
 
+@resamples
 @pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000, 192_000])
 def test_any_rate_becomes_16_khz(wav, rate):
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
@@ -47,6 +48,7 @@ def test_resampling_without_torchaudio_is_refused(wav, monkeypatch, error):
     assert len(sdser.load_audio(wav(TONE))) == 16_000
 
 
+@resamples
 def test_odd_rates_cost_no_more(wav):
     """A filter for exactly 11,127 Hz would take gigabytes; 25 Hz next to it is as good."""
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(11_127) / 11_127)
@@ -128,6 +130,7 @@ def test_tile_repeats_or_cuts():
     assert sdser.tile(torch.tensor([1.0, 2, 3]), 2).tolist() == [1, 2]
 
 
+@resamples
 def test_original_recordings_match_their_16_khz_twins(real_speech):
     """48 kHz mono and stereo and 22.05 kHz files, beside FLACs made from them by another program."""
     originals = sorted((real_speech / "ravdess-original").rglob("*.wav"))

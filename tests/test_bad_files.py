@@ -16,7 +16,7 @@ import processes
 import pytest
 import soundfile
 import torch
-from conftest import LABELS, LAYOUTS, build
+from conftest import LABELS, LAYOUTS, build, resamples
 from transformers import Wav2Vec2Model
 
 import sdser
@@ -106,6 +106,7 @@ def test_a_wrong_ending_is_no_matter_and_rates_beyond_belief_are_refused(wav):
             train.audio_seconds(path)
 
 
+@resamples
 @pytest.mark.parametrize("window", ["natural", "tile"])
 def test_an_hour_long_training_clip_costs_its_crop(tmp_path, window):
     rng = np.random.default_rng(0)

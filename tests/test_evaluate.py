@@ -418,9 +418,9 @@ def test_a_model_of_synthetic_voices_says_so_of_other_files(tmp_path, capsys, mo
     monkeypatch.setattr(train, "make_synthetic", partial(train.make_synthetic, clips=1))
     train.main(["--epochs", "1", "--out", str(tmp_path / "run")])
     voice = next(Path(train.make_synthetic()).iterdir())
-    note = f"note: {tmp_path / 'run'} was trained on synthetic voices; what it says of"
-    assert report_status(capsys, tmp_path / "run", "--audio", voice)[2] == ""
     mine = wav(0.1 * np.random.default_rng(0).normal(size=8000))
+    note = f"note: {tmp_path / 'run'} was trained on synthetic voices; its answer to {mine} means nothing"
+    assert report_status(capsys, tmp_path / "run", "--audio", voice)[2] == ""
     assert report_status(capsys, tmp_path / "run", "--audio", voice, mine, mine)[2].count(note) == 1
 
 
