@@ -46,7 +46,7 @@ def fit(flags, log) -> None:
 
 
 def fit_until(flags, log, calls: int) -> None:
-    """`fit` that dies without a word before its n-th change of a file or folder."""
+    """`fit` that dies before its n-th change of a file or folder; only the log says so."""
     count = 0
 
     def deadly(change):
@@ -54,6 +54,7 @@ def fit_until(flags, log, calls: int) -> None:
             nonlocal count
             count += 1
             if count > calls:
+                os.write(1, b"died\n")
                 os._exit(9)
             return change(*args, **kwargs)
 

@@ -37,7 +37,10 @@ def go_on(flags, out):
 def finish(flags, out) -> dict:
     process = processes.start(processes.fit, go_on(flags, out), out.with_suffix(".txt"))
     process.join()
-    assert process.exitcode == 0, out.with_suffix(".txt").read_text()
+    text = out.with_suffix(
+        ".txt"
+    ).read_text()  # says more than an exit status, which busy servers of processes may lose
+    assert text.endswith(f"next: python evaluate.py {out}\n"), text
     return ended(out)
 
 
@@ -133,7 +136,7 @@ def test_killed_before_every_change_of_a_file(corpus, tmp_path):
         flags = flags_of(corpus, out, "--epochs", 2)
         process = processes.start(processes.fit_until, flags, tmp_path / f"run{call}.txt", call)
         process.join()
-        assert process.exitcode in (0, 9), (tmp_path / f"run{call}.txt").read_text()
+        died = (tmp_path / f"run{call}.txt").read_text().endswith("died\n")
         if (out / "config.json").exists() and (out / "model.safetensors").exists():
             sdser.MultiExitSER.from_pretrained(out)
         if (out / "results.json").exists():
@@ -142,11 +145,11 @@ def test_killed_before_every_change_of_a_file(corpus, tmp_path):
         if state.exists() and torch.load(state, weights_only=True)["args"]["seed"] == 4:
             state.unlink()  # killed before anything of the new run was saved: --resume would finish the earlier one
         assert finish(flags, out) == whole
-        return process.exitcode
+        return died
 
     with ThreadPoolExecutor(2) as pool:
-        codes = list(pool.map(kill_before, range(24)))
-    assert codes == sorted(codes, reverse=True) and codes.count(9) > 10 and codes[-1] == 0, "all changes were met"
+        died = list(pool.map(kill_before, range(24)))
+    assert died == sorted(died, reverse=True) and died.count(True) > 10 and not died[-1], "all changes were met"
 
 
 def fit_on_a_full_disk(flags, log, size: int) -> None:
@@ -167,7 +170,7 @@ def test_a_full_disk_loses_nothing_and_resumes_once_there_is_room(corpus, tmp_pa
     stopped = processes.start(processes.fit_until, flags_of(corpus, out, "--epochs", 3), text, 12)
     stopped.join()
     before = contents(out)
-    assert stopped.exitcode == 9 and len(before["train_state.pt"]) > 5_000_000
+    assert text.read_text().endswith("died\n") and len(before["train_state.pt"]) > 5_000_000
     process = processes.start(fit_on_a_full_disk, go_on(None, out), text, size)
     process.join()
     error = text.read_text().splitlines()[-1]
