@@ -637,11 +637,14 @@ def check_outputs(json_file: str | None, plot: str | None, folder: bool) -> None
         train.check_writable(json_file)
     if plot is not None:
         try:
-            import matplotlib
+            import matplotlib.backend_bases
         except ImportError:
             raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
         matplotlib.use("Agg")
         train.check_writable(plot, folder)
+        kinds = matplotlib.backend_bases.FigureCanvasBase.get_supported_filetypes()
+        if not folder and (kind := Path(plot).suffix[1:].lower()) not in ("", *kinds):
+            raise ValueError(f"--plot {plot}: .{kind} is no kind of picture; give one of .{', .'.join(kinds)}")
 
 
 def main(argv=None) -> None:

@@ -584,7 +584,9 @@ def read_folder(folder: str) -> list[Clip]:
     corpus, matched = max(((corpus, matches(corpus)) for corpus in CORPORA.values()), key=lambda pair: len(pair[1]))
     if not matched:
         known = ", ".join(corpus.title for corpus in CORPORA.values())
-        raise ValueError(f"{folder}: {files[0].name} is no file name of a known corpus ({known}); give a manifest")
+        raise ValueError(
+            f"{folder}: {files[0].name} is no file name of a known corpus ({known}); give a manifest (docs/corpora.md)"
+        )
     if len(matched) < len(files):
         others = len(files) - len(matched)
         warnings.warn(f"{folder}: {others} of {len(files)} audio files are not {corpus.title}, left out", stacklevel=3)
