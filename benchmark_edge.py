@@ -458,7 +458,11 @@ def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str):
 
 
 def kind_of_file(path: str) -> str:
-    return Path(path).suffix if Path(path).suffix in SHIPPED else "folder"
+    """One of SHIPPED, by the ending; a folder has none, so that nobody gets a folder named model.pt."""
+    ending = Path(path).suffix.lower()
+    if ending and ending not in SHIPPED:
+        raise ValueError(f"--export {path}: give a name ending in .pt2 or .onnx, or a folder's, without an ending")
+    return ending or "folder"
 
 
 @contextlib.contextmanager
@@ -903,11 +907,11 @@ def main(argv=None) -> None:
         results = benchmark(model, args)
         if args.json != "-":
             report(results, args)
-        if args.plot:
-            plot(results, args)
         if args.json:
             text = json.dumps(results, indent=2)
             print(text) if args.json == "-" else train.write_text(args.json, text)
+        if args.plot:
+            plot(results, args)
 
 
 if __name__ == "__main__":

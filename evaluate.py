@@ -659,11 +659,11 @@ def main(argv=None) -> None:
             return  # the first process reports
         if args.json != "-":
             report(results, args)
-        if args.plot:
-            print("\nplots:", ", ".join(plot(results, args.plot)), file=sys.stderr if args.json == "-" else sys.stdout)
         if args.json:
             text = json.dumps(results, indent=2)
             print(text) if args.json == "-" else train.write_text(args.json, text)
+        if args.plot:
+            print("\nplots:", ", ".join(plot(results, args.plot)), file=sys.stderr if args.json == "-" else sys.stdout)
 
 
 if __name__ == "__main__":

@@ -217,6 +217,10 @@ def test_budget_and_verdict():
         (["--backbone", "tiny", "--budget-ms", "nan"], "--budget-ms: nan is not a number above 0"),
         (["--backbone", "tiny", "--json", "/nonexistent/a.json"], "/nonexistent/a.json: cannot be written"),
         (["--backbone", "tiny", "--plot", "/nonexistent/a.png"], "/nonexistent/a.png: cannot be written"),
+        (
+            ["--backbone", "tiny", "--export", "model.pt"],
+            "--export model.pt: give a name ending in .pt2 or .onnx, or a f",
+        ),
         (["--backbone", "tiny", "--plot", "a.xyz"], "--plot a.xyz: .xyz is no kind of picture; give one of "),
         (["--backbone", "tiny", "--export", "/nonexistent/a.pt2"], "/nonexistent/a.pt2: cannot be written"),
         (["--backbone", "tiny", "--export", __file__ + "/a"], "cannot be made a folder (Not a directory)"),
