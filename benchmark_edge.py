@@ -901,6 +901,8 @@ def main(argv=None) -> None:
         evaluate.check_outputs(args.json, args.plot, folder=False)
         if args.export:
             train.check_writable(args.export, folder=kind_of_file(args.export) == "folder")
+            if Path(args.export, "config.json").exists():
+                raise ValueError(f"--export {args.export}: holds a model already; name another folder")
         model = load_model(args)
         if args.export:
             return ship(model, args)

@@ -799,14 +799,22 @@ def file_errors(path, problem: str, advice: str, kind: type[Exception] = ValueEr
 
 @contextlib.contextmanager
 def replacing(path):
-    """Opens a file to write in the place of `path`, which it takes once it is whole; a failure leaves the old one."""
-    temporary = f"{path}.tmp"
+    """Opens a file to write in the place of `path`, which it takes once it is whole; a failure leaves the old one.
+
+    A link stays a link, and what is no file, such as /dev/null, is written to as it is.
+    """
     with file_errors(path, "cannot be written", "make room, or name another place"):
+        folder, name = os.path.split(os.path.realpath(path))
+        target, temporary = os.path.join(folder, name), os.path.join(folder, f".{name}.tmp")
+        if os.path.exists(target) and not os.path.isfile(target):
+            temporary = target
         try:
             with open(temporary, "wb") as file:
                 yield file
-            os.replace(temporary, path)
+            if temporary != target:
+                os.replace(temporary, target)
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+            if temporary != target:
+                with contextlib.suppress(OSError):
+                    os.unlink(temporary)
             raise

@@ -184,7 +184,8 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     """Trains, keeps the best epoch by dev UAR, scores it once on test, and reports."""
     start, out = time.time(), Path(args.out)
     args.device = usable_device(args.device)
-    check_writable(out, folder=True)
+    check_writable(args.out, folder=True)
+    refuse_strangers_files(out, args)
     if args.batch_size < WORLD:
         raise ValueError(f"--batch-size {args.batch_size}: give at least one clip for each of {WORLD} processes")
     data = load_data(args)
@@ -224,6 +225,8 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         if RANK == 0:
             save_epoch(out, args, data, log, best, model, optimizer, scheduler)
     wait()  # for the last one to be saved
+    if RANK == 0:
+        refuse_other_run(out, log)
 
     # The epoch that was kept, in float32: on dev once more, and on test for the first time.
     model = sdser.MultiExitSER.from_pretrained(out).to(args.device)
@@ -377,6 +380,8 @@ def describe_parameters(model) -> str:
     return f"{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
 
 
+RUN_FILES = ("config.json", "model.safetensors", "split.csv", "results.json", "log.jsonl", "train_state.pt")
+
 # -- what a run writes ------------------------------------------------------------------------------------------------
 
 
@@ -386,6 +391,8 @@ def save_epoch(out: Path, args, data: "Data", log: list[dict], best: bool, model
         for name in ("results.json", "train_state.pt", "log.jsonl", "model.safetensors", "config.json"):
             (out / name).unlink(missing_ok=True)
         write_text(out / "split.csv", split_csv(data.clips))
+    else:
+        refuse_other_run(out, log[:-1])
     if best:
         model.save_pretrained(out)
     state = {"args": vars(args), "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -395,6 +402,34 @@ def save_epoch(out: Path, args, data: "Data", log: list[dict], best: bool, model
     with sdser.replacing(out / "train_state.pt") as file:
         file.write(memory.getbuffer())
     write_text(out / "log.jsonl", log_lines(log))
+
+
+def refuse_strangers_files(out: Path, args) -> None:
+    """Raises ValueError if the run would replace files in --out that no run of this script has written, or its data."""
+    ours = is_checkpoint(out)
+    found = [name for name in ("config.json", "results.json", "train_state.pt", "log.jsonl") if (out / name).exists()]
+    if found and not ours:
+        raise ValueError(f"--out {out}: holds a {found[0]} that is not of a run; name another folder, or empty it")
+    if os.path.realpath(args.data) == os.path.realpath(out / "split.csv"):
+        raise ValueError(f"--out {out}: its split.csv, which is --data, would be replaced; name another folder")
+    split = out / "split.csv"
+    if split.is_file() and not split.read_bytes().startswith(",".join(Clip._fields).encode() + b"\n"):
+        raise ValueError(f"--out {out}: holds a split.csv that is not of a run; name another folder, or empty it")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether its config.json is that of a `MultiExitSER`."""
+    try:
+        return {"labels", "exits"} <= json.loads((folder / "config.json").read_text()).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def refuse_other_run(out: Path, log: list[dict]) -> None:
+    """Raises ValueError if the log that this run has written is no longer there: its model may not be, either."""
+    path = out / "log.jsonl"
+    if not path.is_file() or path.read_text() != log_lines(log):
+        raise ValueError(f"--out {out}: another run has written into it meanwhile; give each run a folder of its own")
 
 
 def load_state(out: Path) -> dict:
@@ -458,6 +493,12 @@ def split_csv(clips: list["Clip"]) -> str:
 
 def check_writable(path, folder: bool = False) -> None:
     """Raises ValueError now, before any work, if nothing can be written at that place."""
+    if not str(path):
+        raise ValueError(f"an empty name {'of a folder' if folder else 'of a file'} was given; give one")
+    if not folder and Path(path).name in RUN_FILES and is_checkpoint(Path(path).parent):
+        raise ValueError(f"{path}: is a file of the model in that folder; name another place")
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path) and os.access(path, os.W_OK):
+        return  # such as /dev/null
     place = Path(path).absolute() if folder else Path(path).absolute().parent
     while folder and not place.exists():
         place = place.parent

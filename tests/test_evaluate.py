@@ -391,6 +391,21 @@ def test_places_are_tried_before_any_work(capsys, script, flags):
     assert re.fullmatch(rf"error: {flags[-1]}: cannot be (written|made a folder) .*\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("name", ["config.json", "split.csv", "results.json", "model.safetensors"])
+def test_files_of_a_run_are_not_replaced_by_reports(runs, capsys, name):
+    before = (runs / "fold1" / name).read_bytes()
+    assert "is a file of the model in that folder" in refused(capsys, runs / "fold1", "--json", runs / "fold1" / name)
+    assert (runs / "fold1" / name).read_bytes() == before
+
+
+def test_an_export_does_not_replace_a_model(runs, capsys):
+    before = (runs / "fold1" / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as end:
+        benchmark_edge.main([str(runs / "fold1"), "--export", str(runs / "fold1"), "--exit", "1"])
+    assert end.value.code == 2 and "holds a model already" in capsys.readouterr().err
+    assert (runs / "fold1" / "model.safetensors").read_bytes() == before
+
+
 def test_what_a_script_writes_is_whole_or_not_there(runs, tmp_path, capsys):
     """A file that cannot grow: one sentence, the earlier file in place, and nothing beside it."""
     (tmp_path / "a.json").write_text("earlier")

@@ -85,6 +85,23 @@ def test_saving_leaves_an_edited_model_card_and_readable_files(tmp_path):
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "config.json").stat().st_mode
 
 
+def test_writing_keeps_links_devices_and_what_others_call_tmp(tmp_path):
+    (tmp_path / "a.json.tmp").write_text("mine")
+    (tmp_path / "target.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "target.json")
+    for name in ("a.json", "link.json"):
+        with sdser.replacing(tmp_path / name) as file:
+            file.write(b"new")
+    assert (tmp_path / "link.json").is_symlink() and (tmp_path / "target.json").read_text() == "new"
+    assert (tmp_path / "a.json.tmp").read_text() == "mine"
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with sdser.replacing(tmp_path / "pipe") as file:
+        file.write(b"new")
+    assert os.read(reader, 9) == b"new" and not (tmp_path / "pipe").is_file()
+    os.close(reader)
+
+
 def damage(folder, what):
     config, weights = folder / "config.json", folder / "model.safetensors"
     content = json.loads(config.read_text())

@@ -591,6 +591,46 @@ def overflow(outputs):
     return logits + (0 * logits).abs().sqrt(), embedding  # the root's slope at 0 is infinite
 
 
+# -- whose files they are ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "results.json", "log.jsonl", "train_state.pt", "split.csv"])
+def test_files_of_others_are_not_replaced(corpus, tmp_path, capsys, name):
+    (tmp_path / name).write_text('{"mine": 1}')
+    assert f"holds a {name} that is not of a run" in refused(capsys, "--data", corpus, "--out", tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['{"mine": 1}']
+
+
+def test_a_run_does_not_replace_its_backbone_nor_its_data(corpus, tmp_path, capsys):
+    Wav2Vec2Model(LAYOUTS["wav2vec2-base"]).save_pretrained(tmp_path / "backbone")
+    before = (tmp_path / "backbone" / "config.json").read_text()
+    flags = "--data", corpus, "--backbone", tmp_path / "backbone", "--out", tmp_path / "backbone"
+    assert "holds a config.json that is not of a run" in refused(capsys, *flags)
+    assert (tmp_path / "backbone" / "config.json").read_text() == before
+    fit(corpus, tmp_path / "run", "--epochs", 1)
+    split = tmp_path / "run" / "split.csv"
+    before = split.read_text()
+    assert "which is --data, would be replaced" in refused(capsys, "--data", split, "--out", tmp_path / "run")
+    assert split.read_text() == before
+    assert "an empty name of a folder was given" in refused(capsys, "--data", corpus, "--out", "")
+
+
+def test_two_runs_in_one_folder_notice(corpus, tmp_path, monkeypatch, capsys):
+    """The second one starts, and ends, while the first one trains its second epoch."""
+    epoch = train.train_epoch
+
+    def meanwhile(*args):
+        if args[-1].startswith("epoch 2"):
+            monkeypatch.setattr(train, "train_epoch", epoch)
+            fit(corpus, tmp_path / "run", "--epochs", 1, "--seed", 7)
+        return epoch(*args)
+
+    monkeypatch.setattr(train, "train_epoch", meanwhile)
+    assert "another run has written into it" in refused(
+        capsys, "--data", corpus, "--out", tmp_path / "run", "--epochs", 3
+    )
+
+
 def test_as_a_command(tmp_path):
     """A sentence, status 2 and no traceback also where a process of its own runs."""
     command = [sys.executable, str(ROOT / "train.py"), "--data", "nowhere", "--out", str(tmp_path / "run")]
