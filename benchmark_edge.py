@@ -397,8 +397,8 @@ def load_clips(args) -> list[Tensor]:
     """Eight waveforms (T,): the checkpoint's own test clips where they are at hand, else synthetic voices."""
     split = Path(args.checkpoint or "", "split.csv")
     if args.checkpoint and split.is_file():
-        test = [clip.path for clip in train.load_corpus(split) if clip.split == "test"]
         with contextlib.suppress(OSError, ValueError):
+            test = [clip.path for clip in train.load_corpus(split) if clip.split == "test"]
             return [sdser.load_audio(path, sdser.MAX_SECONDS) for path in test[:: math.ceil(len(test) / 8)]]
     rng = np.random.default_rng(0)
     voices = [train.synthesize(prosody, pitch, 1.0, rng) for prosody in train.PROSODY.values() for pitch in (110, 200)]

@@ -74,8 +74,10 @@ def parse_args(argv=None) -> argparse.Namespace:
             args.threshold = float(args.threshold)
         except ValueError:
             parser.error(f"--threshold {args.threshold}: give a number from 0 to 1, or auto")
-    if args.audio and (len(args.checkpoints) > 1 or args.against or args.data):
-        parser.error("--audio goes with one checkpoint, without --against and --data")
+        if not 0 <= args.threshold <= 1:
+            parser.error(f"--threshold {args.threshold}: give a probability from 0 to 1, or auto")
+    if args.audio and (len(args.checkpoints) > 1 or args.against or args.data or args.split or args.plot):
+        parser.error("--audio goes with one checkpoint, without --against, --data, --split and --plot")
     if args.threshold is not None and (not args.audio or args.exit is not None):
         parser.error("--threshold goes with --audio, and without --exit")
     return args
@@ -226,7 +228,7 @@ def load_and_score(checkpoints: list[str], args) -> tuple[list[Scored], str]:
     runs = []
     for checkpoint in checkpoints:
         model = sdser.MultiExitSER.from_pretrained(checkpoint).to(args.device)
-        if args.exit is not None:
+        if args.exit is not None and checkpoints is args.checkpoints:
             model.check_exit(args.exit)
         if runs and (model.labels, model.exits) != (runs[0].model.labels, runs[0].model.exits):
             raise ValueError(f"{checkpoint}: other labels or exits than {runs[0].checkpoint}; pool runs of one kind")
@@ -354,12 +356,13 @@ def calibrate(run: Scored, args) -> tuple[float, Scored] | None:
     )
     good = [row for row in sweep([dev]) if row["uar"] >= deepest - args.tolerance]
     threshold = min(good, key=lambda row: row["macs_per_second"])["threshold"] if good else 1.0
-    run.model.threshold = threshold
+    before, run.model.threshold = run.model.threshold, threshold
     if train.RANK:
         return threshold, dev
     try:
         train.write_text(os.path.join(run.checkpoint, "config.json"), json.dumps(run.model.arguments, indent=2))
     except ValueError as error:
+        run.model.threshold = before
         warnings.warn(f"the threshold is not kept: {error}", stacklevel=2)
     return threshold, dev
 
@@ -483,6 +486,7 @@ def evaluate(args) -> dict | None:
             "threshold": thresholds[0] if len(runs) == 1 else thresholds,
             **describe_adaptive(runs, *zip(*ways)),
             "ms_per_clip": milliseconds["adaptive"],
+            "kept": [run.model.threshold for run in runs] == thresholds,
         }
     if against:
         results["against"] = [row for theirs in against for row in compare(runs, theirs)]
@@ -555,7 +559,8 @@ def report(results: dict, args) -> None:
         print(f"  {chosen['mean_layers']:.1f} layers on average; {shares}")
         print(f"  {chosen['macs_per_second'] / 1e9:.2f} GMAC/s against {full['macs_per_second'] / 1e9:.2f}, "
               f"{chosen['ms_per_clip']:.1f} ms a clip against {full['ms_per_clip']:.1f}")  # fmt: skip
-        print(dim('  kept in config.json: --audio and classify(..., threshold="auto") use it'))
+        if chosen["kept"]:
+            print(dim('  kept in config.json: --audio and classify(..., threshold="auto") use it'))
     compared = None
     for row in results.get("against", []):
         if row["against"] != compared:

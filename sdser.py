@@ -399,6 +399,14 @@ class MultiExitSER(
             raise ValueError(f"head {head}: give one of {', '.join(HEADS)}, or one for each of {len(exits)} exits")
         if len(labels) < 2 or len(set(labels)) < len(labels):
             raise ValueError(f"labels {list(labels)}: give at least two, all different")
+        if not all(isinstance(label, str) for label in labels) or isinstance(labels, str):
+            raise ValueError(f"labels {labels!r}: give a list of names")
+        for name, value, low, high in (
+            ("tile_seconds", tile_seconds, 0.025, MAX_SECONDS),
+            ("threshold", threshold, 0, 1),
+        ):
+            if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+                raise ValueError(f"{name} {value!r}: give a number from {low} to {high}, or None")
         self.labels, self.exits, self.head_kinds = list(labels), exits, list(head)
         self.tile_seconds, self.threshold = tile_seconds, threshold
         config.num_hidden_layers = exits[-1]
@@ -530,6 +538,8 @@ class MultiExitSER(
         """
         if self.training:
             raise ValueError("early_exit needs a model in evaluation mode: call model.eval() first")
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold {threshold}: give a probability from 0 to 1")
         frames = self.embed_frames(waveforms, lengths)
         logits = frames.hidden.new_empty(len(waveforms), len(self.labels), dtype=torch.float32)
         active = torch.arange(len(waveforms), device=logits.device)  # the clips still in the batch

@@ -140,7 +140,9 @@ positive = number(float, lambda x: x > 0, "a number above 0")
 non_negative = number(float, lambda x: x >= 0, "a number of at least 0")
 positive_int = number(int, lambda x: x > 0, "a whole number above 0")
 natural = number(int, lambda x: 0 <= x < 2**31, "a whole number of at least 0")
-clip_seconds = number(float, lambda x: x >= 0.025, "a length of at least one frame, 0.025 s")
+clip_seconds = number(
+    float, lambda x: 0.025 <= x <= sdser.MAX_SECONDS, "a length of at least one frame, 0.025 s, and at most 60 s"
+)
 fraction = number(float, lambda x: 0 < x <= 1, "a share above 0 and at most 1")
 share = number(float, lambda x: 0 <= x <= 1, "a share from 0 to 1")
 
@@ -159,13 +161,15 @@ def complete_args(given: argparse.Namespace) -> tuple[argparse.Namespace, dict |
         [given["head"]] = given["head"]
     if given.pop("resume"):
         state = load_state(Path(given["out"]))
+        before = {"labels": None, "final": False} | state["args"]  # of a run from before there were these flags
         for name, value in given.items():
-            if name not in ("out", "device", "workers", "skip_bad") and state["args"][name] != value:
-                flag, before = "--" + name.replace("_", "-"), state["args"][name]
+            if name not in ("out", "device", "workers", "skip_bad") and before[name] != value:
+                flag = "--" + name.replace("_", "-")
                 raise ValueError(
-                    f"{flag} {value}: the run in {given['out']} has {before}; leave the flag out to resume it"
+                    f"{flag} {value}: the run in {given['out']} has {before[name]}; leave the flag out to resume it, "
+                    "or train anew in another folder"
                 )
-        return argparse.Namespace(**{**state["args"], **given}), state
+        return argparse.Namespace(**{**before, **given}), state
     preset = given.get("preset") or ("toy" if given.get("backbone", "tiny") in sdser.SIZES else "fast")
     defaults = {name: row[PRESET_NAMES.index(preset)] for name, row in PRESETS.items()}
     defaults |= dict(preset=preset, data="synthetic", labels=None, final=False, fold=None, label_fraction=1.0, seed=0,
@@ -367,7 +371,7 @@ def usable_device(name: str | None) -> str:
     try:
         if name == "cuda":
             torch.cuda.set_device(LOCAL_RANK)
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:  # what torch raises for unknown and for absent devices
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {name}: cannot be used here ({reason}); leave the flag out") from error
@@ -665,7 +669,7 @@ def read_table(manifest: str) -> tuple[list[str], list[tuple[int, dict]], str]:
             rows = [(number, json.loads(line)) for number, line in enumerate(file, 1) if line.strip()]
             if odd := [number for number, row in rows if not isinstance(row, dict)]:
                 raise ValueError(f"line {odd[0]}: not an object")
-            return list(rows[0][1]) if rows else [], rows, ""
+            return list(dict.fromkeys(name for _, row in rows for name in row)), rows, ""
         header = file.readline()  # it tells, whatever the file's name: the authors' lists are a .csv with tabs
         delimiter = max(",\t;", key=header.count)
         file.seek(0)
@@ -931,8 +935,10 @@ def deal_speakers(clips: list[Clip], fold: tuple[int, int] | None) -> list[Clip]
 
 def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
     """Raises ValueError unless each of the splits has every label, and no speaker, nor file, stands in two."""
-    home, labels_of = {}, defaultdict(set)
+    home, label_of, labels_of = {}, {}, defaultdict(set)
     for clip in clips:
+        if label_of.setdefault(clip.path, clip.label) != clip.label:
+            raise ValueError(f"{clip.path} has two labels, {label_of[clip.path]} and {clip.label}; keep one")
         if clip.split is None:
             raise ValueError(f"{clip.path}: has no split while other clips have one; give all a split, or none")
         labels_of[clip.split].add(clip.label)

@@ -128,6 +128,12 @@ def test_jsonl(tmp_path):
     assert train.load_corpus(manifest) == [Clip(str(tmp_path / "wav/1.wav"), "hap", None, None)]
 
 
+def test_speakers_that_the_first_row_lacks_are_read(tmp_path):
+    rows = [{"wav": "x.wav", "emo": "joy"}, {"wav": "y.wav", "emo": "joy", "speaker": "s1", "split": "train"}]
+    manifest = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
+    assert [(clip.speaker, clip.split) for clip in train.load_corpus(manifest)] == [(None, None), ("s1", "train")]
+
+
 def test_numbers_serve_as_labels_and_speakers(tmp_path):
     manifest = write(tmp_path / "a.jsonl", '{"wav": "./a/../x.wav", "emo": 0, "speaker": 0, "split": "train"}\n')
     assert train.load_corpus(manifest) == [Clip(str(tmp_path / "x.wav"), "0", "0", "train")]
@@ -249,6 +255,7 @@ OWN = [Clip(f"{split}-{label}", label, f"s{split}", split) for split in train.SP
         ([*OWN, Clip("y", "a", "strain", "test")], None, "speaker strain stands in two splits, train and test"),
         ([*OWN, Clip("train-a", "a", None, "test")], None, "train-a stands in two splits"),
         ([*OWN, Clip("y", "a", "sy")], None, "y: has no split while other clips have one"),
+        ([*OWN, Clip("train-a", "b", "strain", "train")], None, "train-a has two labels, a and b"),
         (OWN[:-1], None, "the test split has no b"),
         (OWN[2:], None, "the train split has no a, b"),
     ],

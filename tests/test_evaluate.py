@@ -353,6 +353,7 @@ def test_plots_without_matplotlib(runs, capsys, monkeypatch):
         (["--exit", 3], "exit 3: the model has exits 1, 2, 4"),
         (["--threshold", 0.5], "--threshold goes with --audio"),
         (["--audio", "x.wav", "--threshold", "high"], "give a number from 0 to 1, or auto"),
+        (["--audio", "x.wav", "--plot", "plots"], "without --against, --data, --split and --plot"),
         (["--audio", "x.wav", "--threshold", 2], "give a probability from 0 to 1"),
         (["--audio", "x.wav", "--against", "y"], "--audio goes with one checkpoint"),
         (["--tolerance", -1], "--tolerance: -1 is not a share from 0 to 1"),
@@ -406,6 +407,18 @@ def test_an_export_does_not_replace_a_model(runs, capsys):
     assert (runs / "fold1" / "model.safetensors").read_bytes() == before
 
 
+def test_a_threshold_that_is_not_kept_is_not_said_to_be(runs, tmp_path, capsys):
+    shutil.copytree(runs / "fold1", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text()) | {"threshold": None}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "run" / ".config.json.tmp").mkdir()  # so that nothing can be written beside it
+    with pytest.warns(UserWarning, match="the threshold is not kept"):
+        printed = report(capsys, tmp_path / "run").out
+    assert "early exit at confidence" in printed and "kept in config.json" not in printed
+    (tmp_path / "run" / ".config.json.tmp").rmdir()
+    assert "kept in config.json" in report(capsys, tmp_path / "run").out
+
+
 def test_what_a_script_writes_is_whole_or_not_there(runs, tmp_path, capsys):
     """A file that cannot grow: one sentence, the earlier file in place, and nothing beside it."""
     (tmp_path / "a.json").write_text("earlier")
@@ -413,6 +426,7 @@ def test_what_a_script_writes_is_whole_or_not_there(runs, tmp_path, capsys):
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
         error = refused(capsys, runs / "fold1", "--json", tmp_path / "a.json")
+        capsys.readouterr()
         with pytest.warns(UserWarning, match="the threshold is not kept: .*config.json: cannot be written"):
             evaluate.main([str(runs / "fold1")])
         with (

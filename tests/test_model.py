@@ -159,6 +159,10 @@ def test_default_exits_of_large():
         (dict(head="conv"), "gru, lstm, attention, mean"),
         (dict(head=["gru", "mean"]), "each of 3 exits"),
         (dict(labels=["anger"]), "at least two"),
+        (dict(labels="ab"), "give a list of names"),
+        (dict(labels=[0, 1]), "give a list of names"),
+        (dict(tile_seconds=1e9), "tile_seconds 1000000000.0: give a number from 0.025 to 60"),
+        (dict(threshold="0.9"), "threshold '0.9': give a number from 0 to 1"),
         (dict(labels=["anger", "anger"]), "all different"),
         (dict(backbone="tinny"), "tiny, small, base, large"),
         (dict(backbone="no/such/folder"), "no/such/folder: not a built-in size"),
@@ -337,6 +341,9 @@ def test_early_exit_trims_to_the_longest_that_stays(layout):
 def test_early_exit_is_for_evaluation():
     with pytest.raises(ValueError, match=r"call model\.eval\(\) first"):
         build().train().early_exit(torch.randn(1, 8000), None, 0.5)
+    for threshold in (50.0, float("nan")):
+        with pytest.raises(ValueError, match="give a probability from 0 to 1"):
+            build().early_exit(torch.randn(1, 8000), None, threshold)
 
 
 @torch.no_grad()

@@ -120,6 +120,14 @@ def test_resume_ends_where_an_unbroken_run_does(corpus, tmp_path, monkeypatch, c
     assert message.startswith("--lr 0.5: the run in")
 
 
+def test_a_run_from_before_a_flag_was_there_resumes(corpus, tmp_path):
+    fit(corpus, tmp_path, "--epochs", 1)
+    state = torch.load(tmp_path / "train_state.pt", weights_only=True)
+    del state["args"]["labels"], state["args"]["final"]
+    torch.save(state, tmp_path / "train_state.pt")
+    train.main(["--resume", "--out", str(tmp_path)])
+
+
 def test_resume_on_changed_data_is_refused(corpus, tmp_path, capsys):
     rows = [f"{corpus.parent}/{row}" for row in corpus.read_text().splitlines()[1:]]
     manifest = tmp_path / "list.csv"
@@ -442,6 +450,8 @@ def test_label_fraction_is_stratified_nested_and_of_training_clips_alone():
         (["--workers", "-1"], "--workers: -1 is not a whole number"),
         (["--seed", "-5"], "--seed: -5 is not a whole number"),
         (["--seconds", "0.01"], "0.01 is not a length of at least one frame"),
+        (["--seconds", "1e305"], "and at most 60 s"),
+        (["--device", "meta"], "--device meta: cannot be used here"),
         (["--resume"], "so there is no run to resume"),
     ],
 )
