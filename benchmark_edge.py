@@ -907,11 +907,7 @@ def main(argv=None) -> None:
         if args.export:
             return ship(model, args)
         results = benchmark(model, args)
-        if args.json != "-":
-            report(results, args)
-        if args.json:
-            text = json.dumps(results, indent=2)
-            print(text) if args.json == "-" else train.write_text(args.json, text)
+        evaluate.tell(results, args, report)
         if args.plot:
             plot(results, args)
 

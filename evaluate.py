@@ -223,13 +223,16 @@ def score(checkpoint: str, model, clips, args) -> Scored:
     return Scored(checkpoint, model, clips, np.array(seconds), logits)
 
 
-def load_and_score(checkpoints: list[str], args) -> tuple[list[Scored], str]:
-    """The runs, all of the same labels and exits, on their clips of the split that is returned with them."""
+def load_and_score(checkpoints: list[str], args, exit: int | None = None) -> tuple[list[Scored], str]:
+    """The runs, all of the same labels and exits, on their clips of the split that is returned with them.
+
+    exit: one that they must have, if any.
+    """
     runs = []
     for checkpoint in checkpoints:
         model = sdser.MultiExitSER.from_pretrained(checkpoint).to(args.device)
-        if args.exit is not None and checkpoints is args.checkpoints:
-            model.check_exit(args.exit)
+        if exit is not None:
+            model.check_exit(exit)
         if runs and (model.labels, model.exits) != (runs[0].model.labels, runs[0].model.exits):
             raise ValueError(f"{checkpoint}: other labels or exits than {runs[0].checkpoint}; pool runs of one kind")
         clips, split = choose_clips(checkpoint, model, args)
@@ -456,7 +459,7 @@ def kept_parameters(model: sdser.MultiExitSER, exit: int) -> int:
 def evaluate(args) -> dict | None:
     """Everything about the checkpoints, as it goes into the JSON; of several processes, the first one's result."""
     # Whatever runs over files, all processes share.
-    runs, split = load_and_score(args.checkpoints, args)
+    runs, split = load_and_score(args.checkpoints, args, args.exit)
     calibrated = [calibrate(run, args) for run in runs]
     thresholds = [threshold for threshold, _ in filter(None, calibrated)]
     adaptive = len(thresholds) == len(runs)
@@ -652,6 +655,16 @@ def check_outputs(json_file: str | None, plot: str | None, folder: bool) -> None
             raise ValueError(f"--plot {plot}: .{kind} is no kind of picture; give one of .{', .'.join(kinds)}")
 
 
+def tell(results: dict, args, report) -> None:
+    """The report, and the JSON where one is asked for; for --json - the JSON alone, on standard output."""
+    text = json.dumps(results, indent=2)
+    if args.json == "-":
+        return print(text)
+    report(results, args)
+    if args.json:
+        train.write_text(args.json, text)
+
+
 def main(argv=None) -> None:
     args = parse_args(argv)
     with train.script():
@@ -662,11 +675,7 @@ def main(argv=None) -> None:
         results = evaluate(args)
         if results is None:
             return  # the first process reports
-        if args.json != "-":
-            report(results, args)
-        if args.json:
-            text = json.dumps(results, indent=2)
-            print(text) if args.json == "-" else train.write_text(args.json, text)
+        tell(results, args, report)
         if args.plot:
             print("\nplots:", ", ".join(plot(results, args.plot)), file=sys.stderr if args.json == "-" else sys.stdout)
 

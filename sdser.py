@@ -534,7 +534,7 @@ class MultiExitSER(
         Returns:
             logits (B, C) and the exit (B,) int64 that gave them.
         Raises:
-            ValueError: in training mode, in which dropout and masks decide; and as `forward` does.
+            ValueError: in training mode, in which dropout and masks decide; another threshold; and as `forward` does.
         """
         if self.training:
             raise ValueError("early_exit needs a model in evaluation mode: call model.eval() first")
@@ -571,8 +571,6 @@ class MultiExitSER(
             threshold = self.threshold
             if threshold is None:
                 raise ValueError('threshold "auto": this model has not been calibrated; give a number from 0 to 1')
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ValueError(f"threshold {threshold}: give a probability from 0 to 1")
         exit = self.exits[-1] if exit is None else self.check_exit(exit)
         one = isinstance(clips, str | os.PathLike) or getattr(clips, "ndim", None) == 1  # a list has no ndim
         device, training, predictions = next(self.parameters()).device, self.training, []
@@ -814,17 +812,17 @@ def replacing(path):
     A link stays a link, and what is no file, such as /dev/null, is written to as it is.
     """
     with file_errors(path, "cannot be written", "make room, or name another place"):
-        folder, name = os.path.split(os.path.realpath(path))
-        target, temporary = os.path.join(folder, name), os.path.join(folder, f".{name}.tmp")
-        if os.path.exists(target) and not os.path.isfile(target):
-            temporary = target
+        target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file():
+            with open(target, "wb") as file:
+                yield file
+            return
+        temporary = target.with_name(f".{target.name}.tmp")
         try:
             with open(temporary, "wb") as file:
                 yield file
-            if temporary != target:
-                os.replace(temporary, target)
+            os.replace(temporary, target)
         except BaseException:
-            if temporary != target:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
             raise

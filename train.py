@@ -384,15 +384,16 @@ def describe_parameters(model) -> str:
     return f"{total / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained"
 
 
-RUN_FILES = ("config.json", "model.safetensors", "split.csv", "results.json", "log.jsonl", "train_state.pt")
-
 # -- what a run writes ------------------------------------------------------------------------------------------------
+
+# In the order in which those of an earlier run go: the one that shows the folder to be a run's is the last.
+RUN_FILES = ("results.json", "train_state.pt", "log.jsonl", "split.csv", "model.safetensors", "config.json")
 
 
 def save_epoch(out: Path, args, data: "Data", log: list[dict], best: bool, model, optimizer, scheduler) -> None:
     """The best model first, then the state, then what only tells of it: a run killed in between repeats the epoch."""
     if len(log) == 1:  # only now does anything take the place of an earlier run
-        for name in ("results.json", "train_state.pt", "log.jsonl", "model.safetensors", "config.json"):
+        for name in RUN_FILES:
             (out / name).unlink(missing_ok=True)
         write_text(out / "split.csv", split_csv(data.clips))
     else:
@@ -410,15 +411,16 @@ def save_epoch(out: Path, args, data: "Data", log: list[dict], best: bool, model
 
 def refuse_strangers_files(out: Path, args) -> None:
     """Raises ValueError if the run would replace files in --out that no run of this script has written, or its data."""
-    ours = is_checkpoint(out)
-    found = [name for name in ("config.json", "results.json", "train_state.pt", "log.jsonl") if (out / name).exists()]
-    if found and not ours:
-        raise ValueError(f"--out {out}: holds a {found[0]} that is not of a run; name another folder, or empty it")
-    if os.path.realpath(args.data) == os.path.realpath(out / "split.csv"):
-        raise ValueError(f"--out {out}: its split.csv, which is --data, would be replaced; name another folder")
     split = out / "split.csv"
+    if os.path.realpath(args.data) == os.path.realpath(split):
+        raise ValueError(f"--out {out}: its split.csv, which is --data, would be replaced; name another folder")
+    # A run killed in its first epoch leaves a split.csv, and maybe weights, without the config.json that tells its own.
+    alone = ("split.csv", "model.safetensors")
+    foreign = [name for name in RUN_FILES if name not in alone and (out / name).exists() and not is_checkpoint(out)]
     if split.is_file() and not split.read_bytes().startswith(",".join(Clip._fields).encode() + b"\n"):
-        raise ValueError(f"--out {out}: holds a split.csv that is not of a run; name another folder, or empty it")
+        foreign.append(split.name)
+    if foreign:
+        raise ValueError(f"--out {out}: holds a {foreign[0]} that is not of a run; name another folder, or empty it")
 
 
 def is_checkpoint(folder: Path) -> bool:

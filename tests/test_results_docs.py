@@ -82,10 +82,12 @@ def test_the_recipe_pretrains_a_backbone_and_resumes(capsys):
 
     model = sdser.MultiExitSER(["anger", "joy"], "pretrained")
     assert model.exits == [2, 4, 5, 6] and model.backbone.config.hidden_dropout == 0.1
+    torch.manual_seed(0)  # as in the recipe
     fresh = transformers.HubertModel(transformers.HubertConfig(**sdser.SIZES["small"]))
     trained = model.backbone.encoder.layers[5].feed_forward.output_dense.weight
     torch.testing.assert_close(trained, unbroken["model"].encoder.layers[5].feed_forward.output_dense.weight)
     assert trained.shape == fresh.encoder.layers[5].feed_forward.output_dense.weight.shape
+    assert not torch.equal(trained, fresh.encoder.layers[5].feed_forward.output_dense.weight)
 
 
 def test_the_probe_compares_the_folder_with_random_weights():
