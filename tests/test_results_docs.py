@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +109,75 @@ def test_the_probe_compares_the_folder_with_random_weights():
         np.testing.assert_allclose(results[f"{corpus}, pre-trained"], np.full((5, 7), chance))
         assert results[f"{corpus}, random"].mean() > 1.2 * chance
     assert Path("probe.png").stat().st_size > 5000
+
+
+def divergence(teacher: list[float], student: list[float]) -> float:
+    """KL(softmax(teacher) ‖ softmax(student))."""
+    p, q = (np.exp(z) / np.exp(z).sum() for z in (np.array(teacher), np.array(student)))
+    return float((p * np.log(p / q)).sum())
+
+
+def test_other_losses_are_what_they_say(corpus, monkeypatch):
+    for module, name in ((sdser, "self_distillation_loss"), (train, "make_optimizer")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # put back at the end, whatever the block does
+    flags = ["--data", str(corpus), "--epochs", "1", "--batch-size", "4", "--distill-warmup", "0"]
+    train.main([*flags, "--out", "ours"])
+    blocks = {}
+    for change in ("none", "projected"):
+        monkeypatch.setattr(sys, "argv", ["remedies.py", change, *flags, "--out", change])
+        blocks[change] = run("Other forms of the loss", {"torch.nn.Linear(192, 192)": "torch.nn.Linear(128, 128)"})
+    ours, none, projected = (json.loads(Path(out, "log.jsonl").read_text()) for out in ("ours", "none", "projected"))
+    for part in ("loss", "ce", "ce_students", "kl", "hint"):
+        assert none[part] == pytest.approx(ours[part], rel=1e-5)
+    assert projected["hint"] != pytest.approx(ours["hint"], rel=0.01)
+    before, after = (blocks[change]["projections"] for change in ("none", "projected"))
+    assert not any(torch.equal(a.weight, b.weight) for a, b in zip(before, after))  # they were trained
+
+    first, second = [[0.0, 1.0], [2.0, 0.0]], [[1.0, 0.0], [2.0, 0.0]]  # the students' logits for two clips
+    teacher, targets = [[-1.0, 2.0], [3.0, 0.0]], torch.tensor([0, 0])  # wrong about the first clip
+    outputs = [
+        sdser.ExitOutput(k, torch.tensor(z), torch.zeros(2, 128)) for k, z in enumerate((first, second, teacher))
+    ]
+    wanted = {
+        "none": [divergence(teacher[i], z[i]) for z in (first, second) for i in (0, 1)],
+        "right": [divergence(teacher[1], z[1]) for z in (first, second)],
+        "averaged": [divergence(([0.0, 1.0], [7 / 3, 0.0])[i], z[i]) for z in (first, second) for i in (0, 1)],
+    }
+    for change, divergences in wanted.items():
+        blocks["none"]["change"] = change
+        total, parts = blocks["none"]["loss"](outputs, targets, 0.5, 0.0, 1.0, True)
+        assert parts["kl"] == pytest.approx(sum(divergences) / 4, rel=1e-5)
+        assert total.item() == pytest.approx(parts["ce"] + parts["ce_students"] + 0.5 * parts["kl"], rel=1e-5)
+
+
+def test_exits_are_compared_as_counted_by_hand(corpus, monkeypatch, capsys):
+    for n in "12":
+        flags = ["--data", str(corpus), "--epochs", "1", "--batch-size", "4", "--fold", f"{n}/3"]
+        train.main([*flags, "--out", f"run-{n}"])
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["exits.py", "run-?"])
+    run("What the exits know", {})
+    dev, test = re.split(r"^(?=run-)", capsys.readouterr().out, flags=re.M)[1:]
+    assert dev.startswith("run-? dev: UAR") and test.startswith("run-? test: UAR")
+
+    right, same, confidence = [], [], []  # on test
+    for n in "12":
+        model = sdser.MultiExitSER.from_pretrained(f"run-{n}").eval()
+        for clip in train.load_corpus(f"run-{n}/split.csv"):
+            if clip.split == "test":
+                with torch.no_grad():
+                    logits = [output.logits[0] for output in model(sdser.load_audio(clip.path)[None])]
+                answers = [model.labels[z.argmax()] for z in logits]
+                right.append([answer == clip.label for answer in answers])
+                same.append(answers[0] == answers[-1])
+                confidence.append(logits[-1].softmax(-1).max().item())
+    right, count = np.array(right), len(right)
+    assert count == 24
+    numbers = [float(number) for number in re.findall(r"[-+]?0\.\d+", test)]
+    uars, (difference, low, high), others = numbers[:3], numbers[3:6], numbers[6:]
+    assert uars == pytest.approx(right.mean(0), abs=6e-4)  # as many clips of either label
+    assert difference == pytest.approx(uars[2] - uars[0], abs=1.1e-3) and low <= difference <= high
+    only_deepest, only_shallowest = right[:, 2] & ~right[:, 0], right[:, 0] & ~right[:, 2]
+    expected = [same, only_deepest, only_shallowest, right[:, 2], confidence]
+    assert others[:5] == pytest.approx([np.mean(values) for values in expected], abs=6e-4)
+    assert abs(others[3] - others[4]) <= others[5] + 1e-3 <= 1
