@@ -1,4 +1,4 @@
-"""The recipe in docs/results.md that pre-trains a network, and the probe of what came of it, on made-up speech."""
+"""Blocks of docs/results.md on made-up speech: the recipe that pre-trains, the probe, other losses, the count."""
 
 import json
 import re
