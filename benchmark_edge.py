@@ -4,23 +4,20 @@
     python benchmark_edge.py out --budget-ms 80                   # the deepest exit of a trained model that fits
     python benchmark_edge.py out --export model.onnx --exit 3     # one exit in one file: .pt2, .onnx or a folder
 
-Read top to bottom: the flags; `optimize_for_cpu` and what it packs; the model and its clips, one file to ship, the
-runners, measuring, the report, the plot.
+Read top to bottom: the flags; `optimize_for_cpu` and what it packs; one file to ship; measuring; the report, the plot.
 """
 
 import argparse
 import contextlib
 import copy
 import functools
-import inspect
-import io
 import json
 import logging
 import math
-import multiprocessing
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,57 +30,44 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import evaluate
 import sdser
 import train
 
-COPIES = ("fp32", "onednn", "bf16", "int8", "compile")  # what `optimize_for_cpu` makes
-ONNXRUNTIME = {"onnxruntime": "fp32", "onnxruntime-int8": "int8"}  # backend -> precision of its file
-BACKENDS = (*COPIES, *ONNXRUNTIME, "auto")
-PRECISION = {"bf16": "bf16", "int8": "int8", "onnxruntime-int8": "int8"}  # of the products; the others are fp32
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_bf16", "amx_int8", "asimddp", "bf16")
+COPIES = ("fp32", "onednn", "bf16", "int8")  # what `optimize_for_cpu` makes
+BACKENDS = (*COPIES, "onnxruntime", "onnxruntime-int8")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add = parser.add_argument
+    add, positive = parser.add_argument, train.positive
     add("checkpoint", nargs="?", help="folder written by train.py, or a Hub name")
     add("--backbone", choices=sdser.SIZES, help="instead of a checkpoint: a built-in shape with random weights")
-    add("--head", choices=sdser.HEADS, help="with --backbone: of the shallow exits (default gru)")
-    add("--exits", type=train.positive_int, nargs="+", metavar="K", help="default: all of the model's")
-    add("--seconds", type=seconds, nargs="+", default=[1.0, 3.0, 6.0], metavar="S", help="clip lengths (default 1 3 6)")
-    add("--threads", type=train.positive_int, nargs="+", metavar="N", help="default: 1, and as many as there are cores")
-    add("--backends", nargs="+", choices=BACKENDS, help="default: all of torch's but compile")
-    add("--rounds", type=train.positive_int, default=20, metavar="N", help="timed runs of each, in turn (default 20)")
-    add("--budget-ms", type=train.positive, metavar="MS", help="name the deepest exit that meets it in 95 %% of runs")
-    add("--json", metavar="FILE", help="write the results as JSON; - for standard output")
+    add("--head", choices=sdser.HEADS, default="gru", help="with --backbone: of the shallow exits (default gru)")
+    add("--exits", type=int, nargs="+", metavar="K", help="default: all of the model's")
+    add("--seconds", type=positive(float), nargs="+", default=[1.0, 3.0, 6.0], metavar="S", help="default 1 3 6")
+    add("--threads", type=positive(int), nargs="+", metavar="N", help="default: 1, and as many as there are cores")
+    add("--backends", nargs="+", choices=BACKENDS, help="default: all that this machine has")
+    add("--rounds", type=positive(int), default=20, metavar="N", help="timed runs of each, in turn (default 20)")
+    add("--budget-ms", type=positive(float), metavar="MS", help="name the deepest exit that meets it in 95 %% of runs")
+    add("--json", metavar="FILE", help="write the results as JSON")
     add("--plot", metavar="FILE", help="write a plot of the latencies (needs matplotlib)")
     add("--export", metavar="FILE", help="write one exit as FILE.pt2, FILE.onnx or a folder, and measure nothing")
     add("--exit", type=int, metavar="K", help="with --export (default: the deepest)")
-    add("--backend", metavar="B", help="with --export: fp32 (default), bf16 (.pt2) or int8 (.onnx)")
+    add("--backend", default="fp32", metavar="B", help="with --export: fp32 (default), bf16 (.pt2) or int8 (.onnx)")
     args = parser.parse_args(argv)
     if (args.checkpoint is None) == (args.backbone is None):
         parser.error("give either a checkpoint or --backbone")
-    if args.head and not args.backbone:
-        parser.error("--head goes with --backbone; a checkpoint has its own")
-    if (args.exit is not None or args.backend) and not args.export:
-        parser.error("--exit and --backend go with --export; to measure, there are --exits and --backends")
     args.threads = args.threads or sorted({1, cores()})
     return args
-
-
-seconds = train.number(float, lambda x: 0.025 <= x <= sdser.MAX_SECONDS, f"from 0.025 to {sdser.MAX_SECONDS}")
 
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Fast inference on a CPU
-# ---------------------------------------------------------------------------------------------------------------------
+# -- fast inference on a CPU ------------------------------------------------------------------------------------------
 
 
 class CPUCopy(sdser.MultiExitSER):
@@ -107,7 +91,6 @@ def optimize_for_cpu(model: sdser.MultiExitSER, backend: str = "auto") -> sdser.
             onednn   weights packed for oneDNN, convolutions as matrix products, GELU fused; exact
             bf16     onednn in bfloat16, for processors that compute in it (AVX-512 BF16, AMX, Arm)
             int8     int8 linears, their inputs quantised as they come, and recurrence; the rest as bf16, or onednn
-            compile  torch.compile: minutes before the first answer, and a C++ compiler
             auto     the faster of the exact ones, fp32 and onednn, timed here for a second
     Raises:
         ValueError: an unknown backend, or one that this machine lacks.
@@ -134,8 +117,6 @@ def optimize_for_cpu(model: sdser.MultiExitSER, backend: str = "auto") -> sdser.
         pack(fast, backend)
     for parameter in fast.parameters():
         parameter.data = parameter.data.clone()
-    if backend == "compile":
-        fast.forward = torch.compile(fast.forward, dynamic=True)
     return fast
 
 
@@ -373,11 +354,6 @@ class HalfLSTM(nn.Module):
         return self.lstm(x.bfloat16())[0].float(), None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The benchmark
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 # -- the model and its clips ------------------------------------------------------------------------------------------
 
 
@@ -387,7 +363,7 @@ def load_model(args) -> sdser.MultiExitSER:
     else:
         labels = ["anger", "disgust", "fear", "guilt", "happiness", "sadness", "surprise"]  # the paper's
         torch.manual_seed(0)
-        model = sdser.MultiExitSER(labels, args.backbone, args.exits, args.head or "gru").eval()
+        model = sdser.MultiExitSER(labels, args.backbone, args.exits, args.head).eval()
     for exit in args.exits or []:
         model.check_exit(exit)
     return model
@@ -399,7 +375,7 @@ def load_clips(args) -> list[Tensor]:
     if args.checkpoint and split.is_file():
         with contextlib.suppress(OSError, ValueError):
             test = [clip.path for clip in train.load_corpus(split) if clip.split == "test"]
-            return [sdser.load_audio(path, sdser.MAX_SECONDS) for path in test[:: math.ceil(len(test) / 8)]]
+            return [sdser.read_clip(path) for path in test[:: math.ceil(len(test) / 8)]]
     rng = np.random.default_rng(0)
     voices = [train.synthesize(prosody, pitch, 1.0, rng) for prosody in train.PROSODY.values() for pitch in (110, 200)]
     return [torch.from_numpy(voice) for voice in voices]
@@ -407,8 +383,7 @@ def load_clips(args) -> list[Tensor]:
 
 # -- one file to ship -------------------------------------------------------------------------------------------------
 
-
-SHIPPED = {".pt2": ("fp32", "bf16"), ".onnx": ("fp32", "int8"), "folder": ("fp32",)}  # what can be written as what
+SHIPPED = {".pt2": ("fp32", "bf16"), ".onnx": ("fp32", "int8"), "": ("fp32",)}  # ending -> precisions; "": a folder
 
 
 class Shipped(nn.Module):
@@ -425,84 +400,52 @@ class Shipped(nn.Module):
         return self.model(waveform)[0].logits.softmax(-1)
 
 
-def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str):
+def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str) -> None:
     """Writes one exit as a file of its own, whole or not at all.
 
     Args:
         backend: fp32; bf16 for a .pt2; int8 for an .onnx.
         path: ending in .pt2 (torch.export.load), .onnx (onnxruntime), or the folder of a checkpoint (from_pretrained).
-    Returns:
-        a function from a waveform (1, T) to probabilities (1, C), that runs what was written.
     Raises:
         ValueError: for a pair that cannot be written, or a package that is missing, saying what is possible.
     """
-    ending = kind_of_file(path)
-    if backend not in SHIPPED[ending]:
-        raise ValueError(f"{path}: {backend} cannot be written so; .pt2 holds fp32 or bf16, .onnx fp32 or int8, "
-                         "a folder fp32")  # fmt: skip
+    ending = Path(path).suffix.lower()
+    if backend not in SHIPPED.get(ending, ()):
+        raise ValueError(f"{path}: {backend} cannot be written so; a .pt2 holds fp32 or bf16, an .onnx fp32 or int8, "
+                         "a folder, whose name has no ending, fp32")  # fmt: skip
     small = model.truncate(exit)
-    if ending == "folder":
-        small.save_pretrained(path)
-        return Shipped(sdser.MultiExitSER.from_pretrained(path))
-    small = optimize_for_cpu(small, "fp32")
+    if not ending:
+        return small.save_pretrained(path)
+    small.requires_grad_(False)
+    position = small.backbone.encoder.pos_conv_embed
+    position.conv = fold_weight_norm(position.conv)
     if backend == "bf16":
         small.backbone.bfloat16()
-    with sdser.file_errors(path, "cannot be written", "make room, or name another place"), beside(path) as fresh:
+    with tempfile.TemporaryDirectory() as folder, exporting():
+        fresh = Path(folder, f"model{ending}")
+        program = torch.export.export(
+            Shipped(small), (torch.randn(1, 3 * sdser.SAMPLE_RATE),), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},)
+        )
         if ending == ".pt2":
-            write_pt2(small, fresh)
+            torch.export.save(program, fresh, extra_files={"labels.json": json.dumps(model.labels)})
         else:
-            write_onnx(small, fresh)
-            if backend == "int8":
-                quantize_onnx(fresh, fresh)
-    return torch.export.load(path).module() if ending == ".pt2" else onnxruntime_runner(path)
+            write_onnx(program, model.labels, fresh, backend)
+        with sdser.replacing(path) as file, open(fresh, "rb") as source:
+            shutil.copyfileobj(source, file)
 
 
-def kind_of_file(path: str) -> str:
-    """One of SHIPPED, by the ending; a folder has none, so that nobody gets a folder named model.pt."""
-    ending = Path(path).suffix.lower()
-    if ending and ending not in SHIPPED:
-        raise ValueError(f"--export {path}: give a name ending in .pt2 or .onnx, or a folder's, without an ending")
-    return ending or "folder"
-
-
-@contextlib.contextmanager
-def beside(path: str):
-    """A path beside that one, for what needs a path to write to; it takes its place at the end."""
-    with tempfile.TemporaryDirectory(dir=Path(path).absolute().parent, prefix=".export-") as folder:
-        fresh = os.path.join(folder, Path(path).name)
-        yield fresh
-        os.replace(fresh, path)
-
-
-def trace(model: sdser.MultiExitSER) -> torch.export.ExportedProgram:
-    waveform = torch.randn(1, 3 * sdser.SAMPLE_RATE)
-    return torch.export.export(Shipped(model), (waveform,), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},))
-
-
-def write_pt2(model: sdser.MultiExitSER, path: str) -> None:
-    with exporting():
-        memory = io.BytesIO()  # first, since torch's zip writer hides why a file cannot be written
-        torch.export.save(trace(model), memory, extra_files={"labels.json": json.dumps(model.labels)})
-        Path(path).write_bytes(memory.getbuffer())
-
-
-def write_onnx(model: sdser.MultiExitSER, path: str) -> None:
+def write_onnx(program: torch.export.ExportedProgram, labels: list[str], path: Path, backend: str) -> None:
     onnxruntime()
-    with exporting():
-        names = dict(input_names=["waveform"], output_names=["probabilities"])
-        program = torch.onnx.export(trace(model), dynamo=True, verbose=False, **names)
-        program.model.metadata_props["labels"] = json.dumps(model.labels)
-        program.save(path)
+    names = dict(input_names=["waveform"], output_names=["probabilities"])
+    onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    onnx_program.model.metadata_props["labels"] = json.dumps(labels)
+    onnx_program.save(path)
+    if backend == "int8":  # the matrix products alone: onnxruntime's int8 convolutions are slower than float32
+        from onnxruntime.quantization import QuantType, quantize_dynamic
 
-
-def quantize_onnx(source: str, target: str) -> None:
-    """To int8, of the matrix products alone: onnxruntime's int8 convolutions are slower than those in float32."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with exporting():
         # 7-bit weights: on processors with AVX2 and no VNNI, products of 8-bit signed numbers saturate.
         types = dict(op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8, reduce_range=True)
-        quantize_dynamic(source, target, **types)
+        quantize_dynamic(path, path, **types)
 
 
 @contextlib.contextmanager
@@ -532,278 +475,156 @@ def onnxruntime():
     return onnxruntime
 
 
-def onnxruntime_runner(path: str, threads: int | None = None):
-    """A function from a waveform (1, T) to probabilities (1, C) that runs an .onnx file."""
-    ort = onnxruntime()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or cores()
-    options.log_severity_level = 3  # errors
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda waveform: torch.from_numpy(session.run(None, {"waveform": waveform.numpy()})[0])
+def runner(path: str, backend: str, threads: int):
+    """A function from a waveform (1, T) to probabilities (1, C) that runs an exported file."""
+    if path.endswith(".onnx"):
+        options = onnxruntime().SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3  # errors
+        session = onnxruntime().InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return lambda waveform: torch.from_numpy(session.run(None, {"waveform": waveform.numpy()})[0])
+    if path.endswith(".pt2"):
+        with warnings.catch_warnings(action="ignore"):  # about its own buffers
+            return torch.export.load(path).module()
+    return Shipped(optimize_for_cpu(sdser.MultiExitSER.from_pretrained(path), backend))
 
 
 @torch.inference_mode()
-def largest_change(reference, run, clips: list[Tensor]) -> float:
+def largest_change(exact, run, clips: list[Tensor]) -> float:
     """Of any class probability, over the clips (T,)."""
-    return max((run(clip[None]) - reference(clip[None])).abs().max().item() for clip in clips)
+    return max((run(clip[None]) - exact(clip[None])).abs().max().item() for clip in clips)
+
+
+def file_megabytes(path: str) -> float:
+    path = Path(path, "model.safetensors") if os.path.isdir(path) else Path(path)
+    return path.stat().st_size / 1e6
+
+
+USE = {
+    ".pt2": "torch.export.load(path).module()(waveform), waveform (1, T) float32 at 16 kHz, at least 720 samples",
+    ".onnx": 'onnxruntime.InferenceSession(path).run(None, {"waveform": waveform}), (1, T) float32 at 16 kHz',
+    "": "sdser.MultiExitSER.from_pretrained(path).classify(clips)",
+}
 
 
 def ship(model: sdser.MultiExitSER, args) -> None:
-    exit, backend = args.exit if args.exit is not None else model.exits[-1], args.backend or "fp32"
-    model.check_exit(exit)
-    run = export(model, exit, backend, args.export)
+    """Writes the file, loads it back, and tells how far it is from the model."""
+    exit, path = model.exits[-1] if args.exit is None else model.check_exit(args.exit), args.export
+    export(model, exit, args.backend, path)
     clips = load_clips(args)
-    change = largest_change(Shipped(model.truncate(exit)), run, clips)
-    path = Path(args.export)
-    size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
-    print(f"{path}: exit {exit}, {backend}, {size / 1e6:.1f} MB, labels {', '.join(model.labels)}")
+    change = largest_change(Shipped(model.truncate(exit)), runner(path, "fp32", cores()), clips)
+    print(f"{path}: exit {exit}, {args.backend}, {file_megabytes(path):.1f} MB, labels {', '.join(model.labels)}")
     print(f"loaded back and run on {len(clips)} clips: no probability differs by more than {change:.1e}")
-    if path.suffix == ".pt2":
-        print(
-            "use: torch.export.load(path).module()(waveform), waveform (1, T) float32 at 16 kHz, at least 720 samples"
-        )
-    elif path.suffix == ".onnx":
-        print('use: onnxruntime.InferenceSession(path).run(None, {"waveform": waveform}), (1, T) float32 at 16 kHz')
-    else:
-        print("use: sdser.MultiExitSER.from_pretrained(path).classify(clips)")
-
-
-# -- the runners ------------------------------------------------------------------------------------------------------
-
-
-def choose_backends(args) -> list[str]:
-    """Those asked for, which must work, or those of torch that this machine has."""
-    if args.backends:
-        if set(args.backends) & set(ONNXRUNTIME):
-            onnxruntime()
-        return list(dict.fromkeys(args.backends))
-    if not torch.backends.mkldnn.is_available():
-        return ["fp32"]
-    return ["fp32", "onednn", *(["bf16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []), "int8"]
-
-
-def make_runners(model, exits: list[int], backends: list[str], threads: list[int], folder: Path) -> dict:
-    """(exit, backend, threads) -> a function from a waveform (1, T) to probabilities (1, C)."""
-    runners = {}
-    for backend in progress([backend for backend in backends if backend not in ONNXRUNTIME], "packing"):
-        fast = optimize_for_cpu(model, backend)
-        for exit in exits:
-            run = lambda waveform, fast=fast, exit=exit: fast(waveform, exit=exit)[0].logits.softmax(-1)  # noqa: E731
-            runners |= {(exit, fast.backend, count): run for count in threads}
-    for exit in progress(exits if set(backends) & set(ONNXRUNTIME) else [], "exporting to ONNX"):
-        exact = str(weights_file(folder, exit, "onnxruntime"))
-        export(model, exit, "fp32", exact)
-        for backend in ONNXRUNTIME:
-            if backend in backends:
-                path = str(weights_file(folder, exit, backend))
-                if path != exact:
-                    quantize_onnx(exact, path)
-                runners |= {(exit, backend, count): onnxruntime_runner(path, count) for count in threads}
-    return runners
-
-
-def progress(steps, title: str, **options) -> tqdm:
-    return tqdm(steps, title, leave=False, disable=None, **options)
+    print(f"use: {USE[Path(path).suffix.lower()]}")
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
 
-
-def describe_machine() -> dict:
-    try:
-        lines = dict(
-            line.split(":", 1)
-            for line in Path("/proc/cpuinfo").read_text().replace("\t", "").splitlines()
-            if ":" in line
-        )
-    except OSError:
-        lines = {}
-    flags = set(lines.get("flags", lines.get("Features", "")).split())
-    return {
-        "cpu": lines.get("model name", platform.processor() or platform.machine()).strip(),
-        "cores": cores(),
-        "instructions": [name for name in INSTRUCTIONS if name in flags],
-        "torch": torch.__version__,
-    }
-
-
-def matrix_products(precision: str) -> list:
-    """Pairs of a function that multiplies matrices and its floating-point operations; none if it cannot be had."""
-    products = []
-    for rows, inner, columns in ((1024, 1024, 1024), (2048, 2048, 2048), (4800, 1536, 512)):
-        x, weight, flops = torch.randn(rows, inner), torch.randn(columns, inner), 2 * rows * inner * columns
-        kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.qint8}[precision]
-        if torch.backends.mkldnn.is_available():
-            packed = PackedLinear(linear(weight, None), kind)
-            products.append((lambda x=x, packed=packed: packed(x), flops))
-        if precision != "int8":
-            x, weight = x.to(kind), weight.to(kind)
-            products.append((lambda x=x, weight=weight: F.linear(x, weight), flops))  # MKL for float32
-    return products
-
-
-@torch.inference_mode()
-def measure(runners: dict, waveforms: dict, args) -> tuple[dict, dict]:
-    """Times all configurations in turn, round by round, so that a drift of the machine hits all alike.
-
-    Returns:
-        milliseconds {(exit, backend, threads, seconds): [one a round]}, and the best GFLOP/s of matrix products
-        {(threads, precision): value}.
-    """
-    precisions = sorted({PRECISION.get(backend, "fp32") for _, backend, _ in runners} | {"fp32"})
-    products = {precision: matrix_products(precision) for precision in precisions}
-    times, peaks = defaultdict(list), defaultdict(float)
-    bar = progress(None, "timing", total=(2 + args.rounds) * len(runners) * len(waveforms))
-    for round in range(-2, args.rounds):  # the first two warm up
-        for threads in args.threads:
-            torch.set_num_threads(threads)
-            some = [
-                (p, *product) for p in precisions for product in products[p] if round % 5 == 0
-            ]  # a few tries will do
-            for precision, function, flops in some:
-                start = time.perf_counter()
-                function()
-                rate = flops / (time.perf_counter() - start) / 1e9
-                peaks[threads, precision] = max(peaks[threads, precision], rate)
-            for seconds, waveform in waveforms.items():
-                for (exit, backend, count), run in runners.items():
-                    if count != threads:
-                        continue
-                    start = time.perf_counter()
-                    run(waveform)
-                    if round >= 0:
-                        times[exit, backend, threads, seconds].append(1000 * (time.perf_counter() - start))
-                    if backend in ONNXRUNTIME:
-                        time.sleep(0.1)  # its threads go on spinning for a while, at the cost of whatever comes next
-                    bar.update()
-    bar.close()
-    return times, peaks
-
-
-def memory_megabytes(name: str) -> float:
-    """What Linux says of this process: VmHWM, its peak; VmRSS, what it takes now; RssFile, files that it has mapped."""
-    return int(re.search(rf"{name}:\s*(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
-
-# In a process that has imported nothing of torch.
-RUN_ONNXRUNTIME = f"""
-import re, sys, numpy, onnxruntime
-from pathlib import Path
-path, seconds, threads = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+# What a process does whose memory is measured: it loads one file, and answers once.
+ANSWER = {
+    ".onnx": """
+import sys, numpy, onnxruntime
+path, backend, samples, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads, options.log_severity_level = threads, 3
 session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-session.run(None, {{"waveform": 0.1 * numpy.random.randn(1, round(seconds * 16000)).astype("float32")}})
-{inspect.getsource(memory_megabytes)}
-print(memory_megabytes("VmHWM"))
-"""
+session.run(None, {"waveform": 0.1 * numpy.random.randn(1, samples).astype("float32")})
+""",
+    "": """
+import sys, torch, benchmark_edge
+path, backend, samples, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+torch.set_num_threads(threads)
+run = benchmark_edge.runner(path, backend, threads)
+with torch.inference_mode():
+    run(0.1 * torch.randn(1, samples))
+""",
+}
+STATUS = 'print(open("/proc/self/status").read())'
 
 
-def answer_once(folder: str, backend: str, seconds: float, threads: int) -> None:
-    """Loads a checkpoint, answers for a clip, and prints by how much memory has grown at most."""
-    before = {name: memory_megabytes(name) for name in ("VmRSS", "RssFile")}
-    torch.set_num_threads(threads)
-    model = optimize_for_cpu(sdser.MultiExitSER.from_pretrained(folder), backend)
-    model.classify(0.1 * torch.randn(round(seconds * sdser.SAMPLE_RATE)))
-    # A forked process maps the libraries that its parent has imported anew, page by page: they are counted there.
-    again = memory_megabytes("RssFile") - before["RssFile"]
-    print(memory_megabytes("VmHWM") - before["VmRSS"] - again, flush=True)
+def peak_megabytes(path: str, backend: str, samples: int, threads: int) -> float | None:
+    """Peak memory of a process that runs that file and nothing else; None where Linux does not tell it.
 
-
-def answer_each_alone() -> None:
-    """Prints what imports take, then what each job that it reads adds to them, in a process forked for it."""
-    print(memory_megabytes("VmHWM"), flush=True)
-    for job in json.load(sys.stdin):
-        process = multiprocessing.get_context("fork").Process(target=answer_once, args=job)
-        process.start()
-        process.join()
-        if process.exitcode:
-            sys.exit(process.exitcode)
-
-
-def measure_memory(pairs: list[tuple[int, str]], folder: Path, args) -> tuple[float | None, dict]:
-    """MB that Python with torch takes, and that a process takes which loads one exit and runs the longest clip.
-
-    Torch is imported once, by a process that forks for every pair. Not on Linux, all is None.
+    VmHWM rather than os.wait4's ru_maxrss, which is never less than what the process that starts it has taken.
     """
-    if sys.platform != "linux":
-        return None, dict.fromkeys(pairs)
-    limits, torchs = (max(args.seconds), max(args.threads)), [pair for pair in pairs if pair[1] not in ONNXRUNTIME]
-    jobs = [(str(folder / str(exit)), backend, *limits) for exit, backend in torchs]
-    memory, steps = {}, progress(None, "memory", total=len(pairs))
-    imports, *added = run_python("import benchmark_edge; benchmark_edge.answer_each_alone()", input=json.dumps(jobs))
-    memory |= {pair: imports + megabytes for pair, megabytes in zip(torchs, added)}
-    steps.update(len(memory))
-    for exit, backend in pairs:
-        if backend in ONNXRUNTIME:
-            [memory[exit, backend]] = run_python(RUN_ONNXRUNTIME, weights_file(folder, exit, backend), *limits)
-            steps.update()
-    steps.close()
-    return imports, memory
-
-
-def run_python(code: str, *arguments, input: str = "") -> list[float]:
-    """The numbers that a process of its own prints."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
-    done = subprocess.run(command, env=environment, input=input, capture_output=True, text=True)
+    if not os.path.exists("/proc/self/status"):
+        return None
+    program = ANSWER[Path(path).suffix] + STATUS
+    command = [sys.executable, "-c", program, path, backend, str(samples), str(threads)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"a process that measures memory failed ({done.stderr.strip()[-300:]})")
-    return [float(line) for line in done.stdout.split()]
+        raise ValueError(f"{path}: a process that measures its memory failed ({done.stderr.strip()[-300:]})")
+    return int(re.search(r"VmHWM:\s*(\d+)", done.stdout)[1]) / 1024
 
 
 @torch.inference_mode()
-def measure_change(model, pairs, runners, read: dict, args) -> dict:
-    """{(exit, backend, seconds): the largest change of any class probability against the model itself}."""
-    change = {}
-    for seconds, waveforms in progress(read.items(), "comparing"):
-        for waveform in waveforms:
-            exact = {output.exit: output.logits.softmax(-1) for output in model(waveform[None])}
-            for exit, backend in pairs:
-                found = runners[exit, backend, args.threads[-1]](waveform[None])
-                largest = (found - exact[exit]).abs().max().item()
-                change[exit, backend, seconds] = max(largest, change.get((exit, backend, seconds), 0.0))
-    return change
+def measure(runners: dict, args) -> dict:
+    """Milliseconds {(exit, backend, threads, seconds): [one a round]}.
+
+    All are timed in turn, round by round, so that a drift of the machine hits all alike.
+    """
+    waveforms = {seconds: 0.1 * torch.randn(1, round(seconds * sdser.SAMPLE_RATE)) for seconds in args.seconds}
+    times, ordered = defaultdict(list), sorted(runners, key=lambda key: key[2])  # by threads
+    for round_ in train.progress(range(-2, args.rounds), "timing", args.rounds + 2):  # the first two warm up
+        for exit, backend, threads in ordered:
+            torch.set_num_threads(threads)
+            for seconds, waveform in waveforms.items():
+                start = time.perf_counter()
+                runners[exit, backend, threads](waveform)
+                if round_ >= 0:
+                    times[exit, backend, threads, seconds].append(1000 * (time.perf_counter() - start))
+            if backend.startswith("onnxruntime"):
+                time.sleep(0.1)  # its threads go on spinning for a while, at the cost of whatever comes next
+    return times
 
 
-def weights_file(folder: Path, exit: int, backend: str) -> Path:
-    return folder / (f"{exit}-{backend}.onnx" if backend in ONNXRUNTIME else f"{exit}/model.safetensors")
+def available_backends() -> list[str]:
+    found = ["fp32"]
+    if torch.backends.mkldnn.is_available():
+        found += ["onednn", *(["bf16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []), "int8"]
+    with contextlib.suppress(ValueError):
+        onnxruntime()
+        found += ["onnxruntime", "onnxruntime-int8"]
+    return found
 
 
 def benchmark(model: sdser.MultiExitSER, args) -> dict:
     """Everything that is measured, as it goes into the JSON."""
-    backends, exits = choose_backends(args), args.exits or model.exits
-    clips, machine = load_clips(args), describe_machine()
-    lengths = {seconds: round(seconds * sdser.SAMPLE_RATE) for seconds in args.seconds}
-    read = {s: [sdser.prepare(sdser.tile(clip, n), model.tile_seconds) for clip in clips] for s, n in lengths.items()}
-    kept = {exit: model.truncate(exit) for exit in exits}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        runners = make_runners(model, exits, backends, args.threads, folder)
-        times, peaks = measure(runners, {s: waveforms[0][None] for s, waveforms in read.items()}, args)
-        for exit, small in kept.items():
-            small.save_pretrained(folder / str(exit))
-        pairs = sorted({(exit, backend) for exit, backend, _ in runners}, key=lambda pair: pair[0])
-        machine["import_rss_mb"], memory = measure_memory(pairs, folder, args)
-        size = {pair: weights_file(folder, *pair).stat().st_size for pair in pairs}
-        change = measure_change(model, pairs, runners, read, args)
-    machine["peak_gflops"] = {p: value for (threads, p), value in peaks.items() if threads == max(args.threads)}
-    machine["peak_gflops_by_threads"] = {
-        str(threads): {p: value for (count, p), value in peaks.items() if count == threads} for threads in args.threads
-    }
+    backends, exits, clips = args.backends or available_backends(), args.exits or model.exits, load_clips(args)
+    samples = round(max(args.seconds) * sdser.SAMPLE_RATE)
+    with tempfile.TemporaryDirectory() as folder:
+        runners, facts = {}, {}
+        pairs = [(exit, backend) for exit in exits for backend in backends]
+        for exit, backend in train.progress(pairs, "exporting", len(pairs)):
+            onnx, precision = backend.startswith("onnxruntime"), "int8" if backend == "onnxruntime-int8" else "fp32"
+            path = os.path.join(folder, f"{exit}-{precision}.onnx" if onnx else str(exit))
+            if not os.path.exists(path):
+                export(model, exit, precision, path)
+            for threads in args.threads:
+                runners[exit, backend, threads] = runner(path, backend, threads)
+            small = model.truncate(exit)
+            facts[exit, backend] = {
+                "peak_rss_mb": peak_megabytes(path, backend, samples, max(args.threads)),
+                "parameters": sum(p.numel() for p in small.parameters()),
+                "size_mb": file_megabytes(path),
+                "max_probability_change": largest_change(Shipped(small), runners[exit, backend, threads], clips),
+            }
+        times = measure(runners, args)
     rows = []
     for (exit, backend, threads, seconds), milliseconds in times.items():
         p50, p95 = np.percentile(milliseconds, [50, 95])
-        macs = int(evaluate.count_macs(model, lengths[seconds], exit))
-        gflops = 2 * macs / p50 / 1e6
-        rows.append({
-            "exit": exit, "backend": backend, "seconds": seconds, "threads": threads,
-            "p50_ms": p50, "p95_ms": p95, "real_time_factor": p50 / 1000 / seconds, "macs": macs, "gflops": gflops,
-            "peak_fraction": gflops / peaks[threads, PRECISION.get(backend, "fp32")],
-            "peak_rss_mb": memory[exit, backend], "parameters": sum(p.numel() for p in kept[exit].parameters()),
-            "size_mb": size[exit, backend] / 1e6, "max_probability_change": change[exit, backend, seconds],
-        })  # fmt: skip
-    return {"machine": machine, "rows": rows}
+        macs = evaluate.count_macs(model, round(seconds * sdser.SAMPLE_RATE), exit)
+        rows.append({"exit": exit, "backend": backend, "seconds": seconds, "threads": threads, "p50_ms": p50,
+                     "p95_ms": p95, "macs": macs, **facts[exit, backend]})  # fmt: skip
+    return {"machine": describe_machine(), "rows": rows}
+
+
+def describe_machine() -> dict:
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = found[1] if found else name
+    return {"cpu": name, "cores": cores(), "torch": torch.__version__}
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
@@ -812,64 +633,30 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
 def report(results: dict, args) -> None:
     """A table for each clip length and number of threads, and what to take from it."""
     machine, rows = results["machine"], results["rows"]
-    print(f"{args.checkpoint or args.backbone} on {machine['cpu']}, {machine['cores']} cores "
-          f"({' '.join(machine['instructions'])}), torch {machine['torch']}")  # fmt: skip
-    for threads, peaks in machine["peak_gflops_by_threads"].items():
-        best = ", ".join(f"{precision} {value:.0f}" for precision, value in sorted(peaks.items()))
-        print(f"best matrix product with {threads} thread(s), GFLOP/s: {best}")
+    print(f"{args.checkpoint or args.backbone} on {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}")
     for threads in args.threads:
         for seconds in args.seconds:
             print(f"\n{seconds:g} s of audio, one clip at a time, {threads} thread(s), {args.rounds} runs")
-            print("exit  backend           median ms  95 % ms  real time  GFLOP/s  of peak  peak MB  params M  "
-                  "file MB  change")  # fmt: skip
-            for row in sorted(select(rows, threads, seconds), key=lambda row: row["exit"]):
+            print("exit  backend           median ms  95 % ms  peak MB  params M  file MB  change")
+            shown = [row for row in rows if (row["threads"], row["seconds"]) == (threads, seconds)]
+            for row in sorted(shown, key=lambda row: row["exit"]):
                 print(f"{row['exit']:4}  {row['backend']:16}  {row['p50_ms']:9.1f}  {row['p95_ms']:7.1f}  "
-                      f"{row['real_time_factor']:9.3f}  {row['gflops']:7.0f}  {100 * row['peak_fraction']:5.0f} %  "
                       f"{row['peak_rss_mb'] or math.nan:7.0f}  {row['parameters'] / 1e6:8.1f}  {row['size_mb']:7.1f}  "
                       f"{row['max_probability_change']:.0e}")  # fmt: skip
-    print("\nreal time: time / length of the clip. change: the largest of any class probability, against fp32.")
-    print("peak MB: of a process that loads this exit alone and runs the longest clip.")
-    if imports := machine["import_rss_mb"]:
-        print(f"Python with torch and transformers takes {imports:.0f} of them; onnxruntime needs neither.")
-    print("file MB: of the weights, or of the .onnx file.")
-    if args.budget_ms:
-        for threads in args.threads:
-            for seconds in args.seconds:
-                print(f"\n{seconds:g} s, {threads} thread(s): {fit_budget(select(rows, threads, seconds), args)}")
-    print(f"\n{verdict(rows, args)}")
+            if args.budget_ms:
+                print(fit_budget(shown, args.budget_ms))
+    print("\nchange: the largest of any class probability on real clips, against fp32")
+    print("peak MB: of a process that loads this exit alone and runs the longest clip; file MB: of what it loads")
 
 
-def select(rows: list[dict], threads: int, seconds: float) -> list[dict]:
-    return [row for row in rows if row["threads"] == threads and row["seconds"] == seconds]
-
-
-def fit_budget(rows: list[dict], args) -> str:
+def fit_budget(rows: list[dict], milliseconds: float) -> str:
     """The deepest exit that answers in time, by the backend that changes its probabilities least."""
-    fits = [row for row in rows if row["p95_ms"] <= args.budget_ms]
+    fits = [row for row in rows if row["p95_ms"] <= milliseconds]
     if not fits:
         best = min(rows, key=lambda row: row["p95_ms"])
-        return (f"nothing fits {args.budget_ms:g} ms; nearest is exit {best['exit']} by {best['backend']}, "
-                f"{best['p95_ms']:.1f} ms")  # fmt: skip
+        return f"nothing fits {milliseconds:g} ms; nearest is exit {best['exit']} by {best['backend']}"
     best = min(fits, key=lambda row: (-row["exit"], row["max_probability_change"]))
-    worth = ""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        test = json.loads(Path(args.checkpoint or "", "results.json").read_text())["test"]["exits"]
-        worth = "".join(f", test UAR {row['uar']:.3f}" for row in test if row["exit"] == best["exit"])
-    return (f"exit {best['exit']} is the deepest within {args.budget_ms:g} ms, by {best['backend']} "
-            f"({best['p95_ms']:.1f} ms in 95 % of runs{worth})")  # fmt: skip
-
-
-def verdict(rows: list[dict], args) -> str:
-    """The fastest exact backend and the fastest of all, at the deepest exit, on most threads and the longest clip."""
-    rows = select(rows, max(args.threads), max(args.seconds))
-    deepest = max(row["exit"] for row in rows)
-    rows = sorted((row for row in rows if row["exit"] == deepest), key=lambda row: row["p50_ms"])
-    exact = next((row for row in rows if row["max_probability_change"] < 1e-4), rows[0])
-    text = f"At exit {deepest}, the fastest exact backend is {exact['backend']} ({exact['p50_ms']:.1f} ms)"
-    if rows[0] is exact:
-        return text + ", and nothing is faster."
-    return (f"{text}; the fastest of all is {rows[0]['backend']} ({rows[0]['p50_ms']:.1f} ms), which changes no "
-            f"probability by more than {rows[0]['max_probability_change']:.1e}.")  # fmt: skip
+    return f"the deepest exit within {milliseconds:g} ms in 95 % of runs: exit {best['exit']} by {best['backend']}"
 
 
 # -- the plot ---------------------------------------------------------------------------------------------------------
@@ -877,39 +664,44 @@ def verdict(rows: list[dict], args) -> str:
 
 def plot(results: dict, args) -> None:
     """Latency against exit, a line per backend and a panel per clip length, on most threads."""
-    from matplotlib import pyplot as plt
-
-    rows, threads = results["rows"], max(args.threads)
-    figure, panels = plt.subplots(1, len(args.seconds), figsize=(1.5 + 3 * len(args.seconds), 3.5), sharey=False,
-                                  squeeze=False, layout="constrained")  # fmt: skip
-    for axes, seconds in zip(panels[0], args.seconds):
-        shown = select(rows, threads, seconds)
-        backends = list(dict.fromkeys(row["backend"] for row in shown))
+    pyplot, panels = evaluate.import_pyplot(), len(args.seconds)
+    figure, axes = pyplot.subplots(1, panels, figsize=(1.5 + 3 * panels, 3.5), squeeze=False, layout="constrained")
+    rows = [row for row in results["rows"] if row["threads"] == max(args.threads)]
+    backends = list(dict.fromkeys(row["backend"] for row in rows))
+    for panel, seconds in zip(axes[0], args.seconds):
         for i, backend in enumerate(backends):
-            points = sorted((row["exit"], row["p50_ms"]) for row in shown if row["backend"] == backend)
+            shown = [row for row in rows if (row["backend"], row["seconds"]) == (backend, seconds)]
+            shown.sort(key=lambda row: row["exit"])
             style = dict(marker="osD^vP*X"[i % 8], linestyle=["-", "--", ":", "-."][i % 4], color=str(0.1 * (i % 6)))
-            axes.plot(*zip(*points), **style, label=backend)
-        axes.set(title=f"{seconds:g} s of audio", xlabel="exit (layers)", ylim=(0, None))
-        axes.set_xticks(sorted({row["exit"] for row in shown}))
-    panels[0][0].set_ylabel(f"median ms, {threads} thread(s)")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    with sdser.replacing(args.plot) as file:
-        figure.savefig(file, dpi=120, format=Path(args.plot).suffix[1:] or "png")
+            panel.plot([row["exit"] for row in shown], [row["p50_ms"] for row in shown], **style, label=backend)
+        panel.set(title=f"{seconds:g} s of audio", xlabel="exit (layers)", ylim=(0, None))
+        panel.set_xticks(sorted({row["exit"] for row in rows}))
+    axes[0][0].set_ylabel(f"median ms, {max(args.threads)} thread(s)")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
+    evaluate.save_figure(figure, args.plot)
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
     with train.script():
-        evaluate.check_outputs(args.json, args.plot, folder=False)
-        if args.export:
-            train.check_writable(args.export, folder=kind_of_file(args.export) == "folder")
-            if Path(args.export, "config.json").exists():
-                raise ValueError(f"--export {args.export}: holds a model already; name another folder")
+        for path in (args.json, args.plot):
+            if path:
+                train.check_writable(path)
+        if args.plot:
+            evaluate.import_pyplot()
+        if args.export and Path(args.export).suffix:
+            train.check_writable(args.export)
+        elif args.export and os.path.isdir(args.export) and os.listdir(args.export):
+            raise ValueError(f"--export {args.export}: holds files already; name a new folder")
+        elif args.export:
+            train.check_writable(args.export, folder=True)
         model = load_model(args)
         if args.export:
             return ship(model, args)
         results = benchmark(model, args)
-        evaluate.tell(results, args, report)
+        if args.json:
+            train.write_text(args.json, json.dumps(results, indent=2))
+        report(results, args)
         if args.plot:
             plot(results, args)
 

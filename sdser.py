@@ -3,21 +3,17 @@
 A pre-trained speech transformer (wav2vec 2.0, HuBERT or WavLM) gets a classifier, an *exit*, at several of its layers.
 While it is fine-tuned, the shallow exits (students) also learn from the deepest (the teacher), so that one network
 can run at several depths: Ren, Nguyen, Chang, Schuller, "Fast Yet Effective Speech Emotion Recognition with
-Self-distillation", ICASSP 2023, arXiv 2210.14636. What is called the paper's here is what its authors' released code
-does.
+Self-distillation", ICASSP 2023, arXiv 2210.14636. Here "the paper's" means what its authors' released code does.
 
-In the order in which data meets it; in a hurry, read ExitHead, MultiExitSER.forward to early_exit, and the loss:
+First the method, then what serves it:
 
-    audio       load_audio, prepare            file -> waveform
-    backbone    load_backbone, standardize
-    exits       ExitHead
-    the model   MultiExitSER                   waveform -> one ExitOutput per exit; early exit; saving and loading
-    the loss    self_distillation_loss         and fuse, which lets the exit with the largest margin decide
-    metrics     unweighted_average_recall, scores
+    the exits         ExitHead, ExitOutput: hidden states of one layer -> logits and embedding
+    the loss          self_distillation_loss; and fuse, which lets the exit with the largest margin decide
+    the model         MultiExitSER: forward, early_exit; classify, truncate, saving and loading
+    padding           what keeps a padded batch exact; SpecAugment's time mask
+    the backbone      load_backbone; audio: load_audio; metrics: unweighted_average_recall; files
 
-and last, file_errors and replacing, with which files are read and written: what fails is one sentence, nothing is lost.
-
-Shapes: B clips, T samples or frames, D features, C classes. Waveforms are float32 at 16 kHz.
+Shapes: B clips, T samples or frames, D features, C classes. Waveforms are float32 at 16 kHz; a frame is 20 ms.
 """
 
 import contextlib
@@ -42,234 +38,22 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import cached_file
 
 SAMPLE_RATE = 16_000
-MAX_SECONDS = 60  # attention memory grows with the square of the length
-TORCHAUDIO = "install a pair that works, torch==2.11.0 torchaudio==2.11.0, or convert the file to 16 kHz"
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Audio
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def load_audio(
-    path, max_seconds: float | None = None, part_seconds: float | None = None, position: float = 0.0
-) -> Tensor:
-    """Reads a file, or a part of it, as a mono waveform at 16 kHz.
-
-    Args:
-        path: anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), any rate, any number of channels.
-        max_seconds: refuse longer files before decoding them.
-        part_seconds: of a longer file, read this much alone, from `position`: 0 the file's start, 1 its end.
-    Returns:
-        (T,) float32, nominally in [-1, 1].
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not audio, cut short, empty, too short or too long, or with NaN or infinite samples.
-    """
-    with open_audio(path, max_seconds) as file:
-        rate, frames = file.samplerate, file.frames
-        if part_seconds:
-            frames = min(frames, round(part_seconds * rate))
-            file.seek(round(position * (file.frames - frames)))
-        samples = file.read(frames, dtype="float32", always_2d=True)  # (T, channels)
-        if len(samples) < frames:
-            raise ValueError(f"{path}: cut short, {len(samples)} of {frames} samples are there; replace the file")
-    waveform = torch.from_numpy(samples.mean(axis=1))  # (T,)
-    if rate != SAMPLE_RATE:
-        with file_errors(path, f"resampling from {rate} Hz needs torchaudio", TORCHAUDIO):
-            import torchaudio  # here, so that nothing else needs it
-        # The filter grows with rate / gcd(rate, 16000): odd rates, such as 11127 Hz, become a multiple of 25 Hz.
-        waveform = torchaudio.functional.resample(waveform, max(25, 25 * round(rate / 25)), SAMPLE_RATE)
-    check_waveform(path, waveform)
-    return waveform
-
-
-@contextlib.contextmanager
-def open_audio(path, max_seconds: float | None = None):
-    """Opens a file whose header can be believed; raises what `load_audio` raises, also for what is done with it."""
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"{path}: the file is empty")
-    with file_errors(path, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
-        file = soundfile.SoundFile(path)
-    with file, file_errors(path, "damaged or cut short", "replace the file"):
-        # libsndfile reads a cut WAV as if it were whole and says so in its log alone. Programs that write into a pipe
-        # declare 2 GiB or more, for "unknown".
-        cut = re.search(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
-        if cut and int(cut[2]) < int(cut[1]) < 0x7FFFF000:
-            raise ValueError(f"{path}: cut short, {cut[2]} of {cut[1]} bytes of audio are there; replace the file")
-        if not 1000 <= file.samplerate <= 1_000_000:  # resampling from what no device records takes gigabytes
-            raise ValueError(
-                f"{path}: a sample rate of {file.samplerate} Hz cannot be right; give one from 1 kHz to 1 MHz"
-            )
-        check_length(path, file.frames / file.samplerate, max_seconds)
-        yield file
-
-
-def check_length(name, seconds: float, max_seconds: float | None = None) -> None:
-    if (samples := math.ceil(seconds * SAMPLE_RATE)) < 400:
-        raise ValueError(f"{name}: {samples} samples at 16 kHz are shorter than one frame (400 samples, 25 ms)")
-    if max_seconds and seconds > max_seconds:
-        raise ValueError(
-            f"{name}: {seconds:.1f} s is longer than the limit of {max_seconds} s; cut it into windows (see README)"
-        )
-
-
-def check_waveform(name, waveform: Tensor, max_seconds: float | None = None) -> None:
-    """Raises ValueError if the waveform, (T,) float at 16 kHz, cannot be classified; warns about digital silence."""
-    if waveform.ndim != 1 or not waveform.is_floating_point():
-        shape = tuple(waveform.shape)
-        raise ValueError(f"{name}: a waveform is a 1-D float tensor at 16 kHz, not {waveform.dtype} of shape {shape}")
-    check_length(name, len(waveform) / SAMPLE_RATE, max_seconds)
-    if not waveform.isfinite().all():
-        raise ValueError(f"{name}: holds NaN or infinite samples; write it anew from its source")
-    if not waveform.any():
-        warnings.warn(f"{name}: digital silence; its prediction means nothing", stacklevel=2)
-
-
-def tile(waveform: Tensor, samples: int) -> Tensor:
-    """Repeats or cuts a waveform (T,) to (samples,), as the paper does to reach 95,744 (5.984 s)."""
-    return waveform.repeat(-(-samples // len(waveform)))[:samples]
-
-
-def prepare(clip, tile_seconds: float | None = None) -> Tensor:
-    """A path or a waveform, of at most 60 s -> the waveform (T,) float32 that the model reads; tiled if so trained."""
-    if isinstance(clip, str | os.PathLike):
-        waveform = load_audio(clip, MAX_SECONDS)
-    else:
-        waveform = torch.as_tensor(clip)
-        check_waveform("the waveform", waveform, MAX_SECONDS)
-    return tile(waveform.float(), round(tile_seconds * SAMPLE_RATE)) if tile_seconds else waveform.float()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The backbone: convolutional encoder and transformer, from `transformers`
-# ---------------------------------------------------------------------------------------------------------------------
-
-# Built-in shapes with random weights, of about 1, 3, 95 and 315 million parameters. What is not named is as in
-# facebook/wav2vec2-base, so "base" is exactly that model; "large" is facebook/wav2vec2-large-lv60, a pre-LN
-# layout: each sublayer is normalised before it, not after it.
-SIZES = {
-    "tiny": dict(
-        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
-        conv_dim=[32] * 7, activation_dropout=0.0, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
-    ),
-    "small": dict(
-        hidden_size=192, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768,
-        conv_dim=[96] * 7, activation_dropout=0.0,
-    ),
-    "base": dict(activation_dropout=0.0, feat_proj_dropout=0.1),
-    "large": dict(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, activation_dropout=0.0,
-        feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True,
-    ),
-}  # fmt: skip
-MODEL_TYPES = ("wav2vec2", "hubert", "wavlm")
-
-
-def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
-    """The `transformers` config of a built-in size, a local folder, a Hub name, or a saved dict.
-
-    Its added attribute `do_normalize` tells whether the backbone was trained on zero-mean, unit-variance waveforms.
-    """
-    if isinstance(backbone, dict):
-        backbone, config = "the backbone's config", {"do_normalize": True} | backbone
-    elif backbone in SIZES:
-        return transformers.Wav2Vec2Config(**SIZES[backbone], do_normalize=True)
-    else:
-        config = read_config(os.fspath(backbone))
-    if config.get("model_type") not in MODEL_TYPES:
-        known = ", ".join(MODEL_TYPES)
-        raise ValueError(f"{backbone}: model type {config.get('model_type')!r} is not supported; give one of {known}")
-    if config.get("conv_pos_batch_norm"):
-        raise ValueError(
-            f"{backbone}: a batch norm in the position convolution is not supported; give another backbone"
-        )
-    with file_errors(backbone, "its configuration cannot be read", "save it anew"):
-        config = transformers.AutoConfig.for_model(**config)
-    if config.num_hidden_layers > 1000:
-        raise ValueError(f"{backbone}: {config.num_hidden_layers} layers cannot be right; 1000 are built at most")
-    return config
-
-
-def read_config(backbone: str) -> dict:
-    """config.json of a local folder or a Hub model, and `do_normalize` of its preprocessor_config.json, if any."""
-    if os.path.isdir(backbone):
-        errors = file_errors(backbone, "its configuration cannot be read", "save it anew")
-    else:
-        problem = f"not a built-in size ({', '.join(SIZES)}), a folder, or a Hub model within reach"
-        if "/" not in backbone:
-            raise FileNotFoundError(f"{backbone}: {problem}; give one")
-        errors = file_errors(backbone, problem, "give one", FileNotFoundError)
-    with errors:
-        config, _ = transformers.PretrainedConfig.get_config_dict(backbone)
-        preprocessor = cached_file(backbone, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-        preprocessing = json.loads(Path(preprocessor).read_text()) if preprocessor else {}
-        return config | {"do_normalize": preprocessing.get("do_normalize", True)}
-
-
-def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
-    """Builds the backbone with `config.num_hidden_layers` layers, in float32; pre-trained unless built-in or a dict."""
-    # An exit needs its layer, so none may be dropped; the adapter of some models sits behind the last layer, unused.
-    config.layerdrop, config.add_adapter = 0.0, False
-    if isinstance(backbone, dict) or backbone in SIZES:
-        return transformers.AutoModel.from_config(config, dtype=torch.float32)
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # else it lists every layer and quantizer weight left out on purpose
-    try:
-        with file_errors(backbone, "its weights cannot be loaded", "download or save it anew"):
-            model, info = transformers.AutoModel.from_pretrained(
-                backbone, config=config, dtype=torch.float32, output_loading_info=True
-            )
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-    model.train()  # from_pretrained leaves it in evaluation mode, from_config in training mode
-    if missing := set(info["missing_keys"]) - {"masked_spec_embed"}:
-        raise ValueError(f"{backbone}: {len(missing)} weights are missing, {min(missing)} for one; save it anew")
-    return model
-
-
-def valid_mask(lengths: Tensor, size: int) -> Tensor:
-    """(B,) lengths -> (B, size) bool, true where a position holds data rather than padding."""
-    return torch.arange(size, device=lengths.device) < lengths[:, None]
-
-
-def standardize(waveforms: Tensor, valid: Tensor | None) -> Tensor:
-    """Zero mean and unit variance over each clip's valid samples; zero elsewhere; as `Wav2Vec2FeatureExtractor` does.
-
-    waveforms: (B, T); valid: (B, T) bool, or None where all is valid. Padding may hold anything, NaN included.
-    """
-    if valid is None:
-        variance, mean = torch.var_mean(waveforms, -1, correction=0, keepdim=True)  # (B, 1)
-        return (waveforms - mean) * torch.rsqrt(variance + 1e-7)
-    count = valid.sum(-1, keepdim=True)  # (B, 1)
-    mean = torch.where(valid, waveforms, 0).sum(-1, keepdim=True) / count
-    centred = torch.where(valid, waveforms - mean, 0)
-    return centred * torch.rsqrt(centred.square().sum(-1, keepdim=True) / count + 1e-7)
-
-
-def normalize_each(norm: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
-    """A norm over time, of each clip's own frames alone; zeros behind them. x: (B, channels, T); lengths: (B,)."""
-    clips = [norm(clip[..., :length]) for clip, length in zip(x.split(1), lengths.tolist())]
-    return torch.cat([F.pad(clip, (0, x.shape[-1] - clip.shape[-1])) for clip in clips])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The exits
-# ---------------------------------------------------------------------------------------------------------------------
-
+MAX_SECONDS = 60  # of a clip to classify: attention's memory grows with the square of the length
+MIN_SAMPLES = 400  # one frame of the convolutional encoder, 25 ms
 HEADS = ("gru", "lstm", "attention", "mean")
+ARGUMENTS = ("labels", "backbone", "exits", "head", "tile_seconds", "threshold")  # of MultiExitSER, and config.json
+
+# -- the exits ---------------------------------------------------------------------------------------------------------
 
 
 class ExitHead(nn.Module):
     """Hidden states of one layer -> logits z_k and embedding f_k.
 
-    No activation stands between the two linear layers, as in the paper.
-
     gru, lstm    one-layer recurrent network (zero initial state) -> LayerNorm -> SELU -> mean over frames; the paper's
     attention    weighted mean over frames, the weights learned
     mean         mean over frames; the paper's at the deepest exit
+
+    No activation stands between the two linear layers, as in the paper.
     """
 
     def __init__(self, kind: str, width: int, num_classes: int):
@@ -288,7 +72,7 @@ class ExitHead(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, hidden: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """hidden: (B, T, D); valid: (B, T) bool or None -> logits (B, C), embedding (B, D)."""
+        """hidden: (B, T, D); valid: (B, T) bool, or None where all frames are -> logits (B, C), embedding (B, D)."""
         if self.kind in ("gru", "lstm"):
             # padding comes after the clip, so what runs forward in time never sees it
             hidden = F.selu(self.norm(self.rnn(hidden)[0]))  # (B, T, D)
@@ -307,36 +91,77 @@ class ExitOutput(NamedTuple):
     embedding: Tensor  # (B, D)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-# ---------------------------------------------------------------------------------------------------------------------
+# -- the loss, and fusion ----------------------------------------------------------------------------------------------
+
+
+def self_distillation_loss(
+    outputs: list[ExitOutput],
+    targets: Tensor,
+    kl_weight: float = 1.0,
+    hint_weight: float = 1.0,
+    temperature: float = 1.0,
+    detach_teacher: bool = True,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The paper's loss: every exit learns the labels, and each shallow one what the deepest knows.
+
+        L = CE(z_d, y) + 1/|S| Σ_{k in S} [ CE(z_k, y) + α T² KL(softmax(z_d/T) ‖ softmax(z_k/T)) + β MSE(f_k, f_d) ]
+
+    S are the shallow exits (students), d the deepest (teacher), z logits, f embeddings.
+
+    Args:
+        outputs: what the model returned, shallow to deep; one alone has no students and gives CE(z_d, y).
+        targets: (B,) int64 class indices y.
+        kl_weight: α, for the teacher's probabilities (Hinton et al., 2015); at 0 the term is not computed.
+        hint_weight: β, for the teacher's embedding, the hint (FitNets, Romero et al., 2015); at 0 it is not computed.
+        temperature: T softens both distributions; T² keeps the term's gradients about as large for any T.
+        detach_teacher: no gradient of the KL and hint terms flows through the teacher's outputs (Zhang et al., 2019);
+            they still shape the layers that it shares with the students.
+    Returns:
+        the loss, a scalar, and its parts by name, detached scalars, unweighted and averaged over students: ce (the
+        teacher's), ce_students, kl, hint.
+    """
+    *students, teacher = outputs
+    teacher_logits, teacher_embedding = teacher.logits, teacher.embedding
+    if detach_teacher:  # the gradient of KL and hint stops here
+        teacher_logits, teacher_embedding = teacher_logits.detach(), teacher_embedding.detach()
+
+    ce = F.cross_entropy(teacher.logits, targets)  # CE(z_d, y)
+    ce_students = kl = hint = torch.zeros_like(ce.detach())
+    for student in students:
+        ce_students = ce_students + F.cross_entropy(student.logits, targets) / len(students)  # CE(z_k, y)
+        if kl_weight:  # T² KL(softmax(z_d/T) ‖ softmax(z_k/T))
+            log_p_student = F.log_softmax(student.logits / temperature, -1)
+            log_p_teacher = F.log_softmax(teacher_logits / temperature, -1)
+            # F.kl_div(q, p) is KL(p ‖ q): the student comes first, and both are log-probabilities
+            divergence = F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True)
+            kl = kl + temperature**2 * divergence / len(students)
+        if hint_weight:
+            hint = hint + F.mse_loss(student.embedding, teacher_embedding) / len(students)  # MSE(f_k, f_d)
+    loss = ce + ce_students + kl_weight * kl + hint_weight * hint
+    parts = {"ce": ce, "ce_students": ce_students, "kl": kl, "hint": hint}
+    return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def fuse(outputs: list[ExitOutput] | Tensor) -> Tensor:
+    """The logits (B, C) of each clip's exit with the largest margin, top-1 minus top-2.
+
+    outputs: the exits that take part, or their logits (exits, B, C). In the paper they are the students alone:
+    `fuse(outputs[:-1])`.
+    """
+    logits = outputs if isinstance(outputs, Tensor) else torch.stack([output.logits for output in outputs])
+    first, second = logits.topk(2, dim=-1).values.unbind(-1)  # (exits, B) each
+    return logits[(first - second).argmax(0), torch.arange(logits.shape[1], device=logits.device)]
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
 
 
 class Frames(NamedTuple):
-    """Hidden states on their way through the layers."""
+    """The frames of a batch on their way through the layers."""
 
     hidden: Tensor  # (B, T, D)
     valid: Tensor | None  # (B, T) bool, which frames hold data; None where all do
     position_bias: Tensor | None = None  # (B * heads, T, T), which WavLM's layer 1 makes and its other layers reuse
-
-    def keep(self, clips: Tensor) -> "Frames":
-        """Those of some of the clips, (B,) bool, without the padding that only the others needed."""
-        hidden, valid, bias = self.hidden[clips], self.valid, self.position_bias
-        if bias is not None:
-            bias = bias.unflatten(0, (len(clips), -1))[clips].flatten(0, 1)
-        if valid is not None:
-            size = int(valid[clips].sum(1).max())
-            hidden, valid = hidden[:, :size], valid[clips, :size]
-            bias = None if bias is None else bias[:, :size, :size]
-        return Frames(hidden, valid, bias)
-
-
-class Prediction(NamedTuple):
-    label: str
-    confidence: float  # the label's probability
-    probabilities: dict[str, float]  # by label
-    exit: int  # the exit that answered
-    milliseconds: float  # from waveform to probabilities
 
 
 # The modules of a backbone that are used here; its own forward never runs. `config` is always the backbone's.
@@ -347,11 +172,6 @@ class Prediction(NamedTuple):
 #   encoder.pos_conv_embed          a convolution over 128 frames, (B, T, D) -> (B, T, D), added to its input
 #   encoder.layers                  L transformer layers, (B, T, D) -> (B, T, D)
 #   encoder.layer_norm              before layer 1 (post-LN, do_stable_layer_norm false) or after the last (pre-LN)
-#
-# Padding could leak where positions mix: in the normalisation of the waveform, in the norm over time after convolution
-# 1 of "base" models, in the position convolution, in attention, and where an exit pools. Convolutions 2 to 7 pad
-# nothing, so that a clip's frames, counted by its length, read that clip's samples alone; all other norms are per
-# frame. Where no clip of a batch is padded, lengths and `valid` are None, and the masks cost nothing.
 
 
 class MultiExitSER(
@@ -389,38 +209,19 @@ class MultiExitSER(
     ):
         super().__init__()
         config = load_config(backbone)
-        layers = config.num_hidden_layers
-        exits = default_exits(backbone, layers) if exits is None else [int(k) for k in exits]
-        if not exits or any(a >= b for a, b in zip([0, *exits], exits)) or exits[-1] > layers:
-            raise ValueError(f"exits {exits}: they must increase, from 1 to the backbone's {layers} layers at most")
+        if exits is None:
+            exits = default_exits(backbone, config.num_hidden_layers)
         if isinstance(head, str):
             head = [head] * (len(exits) - 1) + ["mean" if len(exits) > 1 else head]
-        if len(head) != len(exits) or set(head) - set(HEADS):
-            raise ValueError(f"head {head}: give one of {', '.join(HEADS)}, or one for each of {len(exits)} exits")
-        if len(labels) < 2 or len(set(labels)) < len(labels):
-            raise ValueError(f"labels {list(labels)}: give at least two, all different")
-        if not all(isinstance(label, str) for label in labels) or isinstance(labels, str):
-            raise ValueError(f"labels {labels!r}: give a list of names")
-        for name, value, low, high in (
-            ("tile_seconds", tile_seconds, 0.025, MAX_SECONDS),
-            ("threshold", threshold, 0, 1),
-        ):
-            if value is not None and not (isinstance(value, int | float) and low <= value <= high):
-                raise ValueError(f"{name} {value!r}: give a number from {low} to {high}, or None")
-        self.labels, self.exits, self.head_kinds = list(labels), exits, list(head)
+        self.check_arguments(labels, exits, head, tile_seconds, config.num_hidden_layers)
+        self.labels, self.exits, self.head_kinds = list(labels), list(exits), list(head)
         self.tile_seconds, self.threshold = tile_seconds, threshold
+
         config.num_hidden_layers = exits[-1]
         self.backbone = load_backbone(backbone, config)
-        self.heads = nn.ModuleDict({
-            str(exit): ExitHead(kind, config.hidden_size, len(labels)) for exit, kind in zip(exits, head)
-        })  # fmt: skip
-        self.masks_time = config.apply_spec_augment and config.mask_time_prob > 0
-        if not self.masks_time and hasattr(self.backbone, "masked_spec_embed"):
-            self.backbone.masked_spec_embed.requires_grad_(False)  # no loss would reach it
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.backbone.dtype
+        self.heads = nn.ModuleDict()
+        for exit, kind in zip(exits, head):
+            self.heads[str(exit)] = ExitHead(kind, config.hidden_size, len(labels))
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None, exit: int | None = None) -> list[ExitOutput]:
         """Runs the layers that the exits asked for need, and no more.
@@ -434,7 +235,7 @@ class MultiExitSER(
         Returns:
             One ExitOutput per exit, shallow to deep.
         Raises:
-            ValueError: shapes that do not fit, clips shorter than one frame, an exit that the model lacks.
+            ValueError: shapes that do not fit, a clip shorter than one frame, an exit that the model lacks.
         """
         exits = self.exits if exit is None else [self.check_exit(exit)]
         frames, outputs = self.embed_frames(waveforms, lengths), []
@@ -445,7 +246,9 @@ class MultiExitSER(
 
     def embed_frames(self, waveforms: Tensor, lengths: Tensor | None = None) -> Frames:
         """All that comes before the transformer layers: normalisation, CNN, projection, time mask, position."""
-        lengths = self.checked_lengths(waveforms, lengths)
+        self.check_batch(waveforms, lengths)
+        if lengths is not None and (lengths == waveforms.shape[1]).all():
+            lengths = None  # nothing is padded
         config, encoder = self.backbone.config, self.backbone.encoder
         valid = None if lengths is None else valid_mask(lengths, waveforms.shape[1])  # (B, samples)
         if config.do_normalize:
@@ -453,7 +256,7 @@ class MultiExitSER(
         elif valid is not None:
             waveforms = torch.where(valid, waveforms, 0)
 
-        x = waveforms[:, None].to(self.dtype)  # (B, 1, samples)
+        x = waveforms[:, None].to(self.backbone.dtype)  # (B, 1, samples)
         for i, layer in enumerate(self.backbone.feature_extractor.conv_layers):
             if lengths is not None:  # samples become frames
                 lengths = (lengths - config.conv_kernel[i]) // config.conv_stride[i] + 1
@@ -464,10 +267,11 @@ class MultiExitSER(
                 x = layer(x)  # (B, channels, frames)
 
         hidden = self.backbone.feature_projection(x.transpose(1, 2))  # (B, frames, D), one frame per 20 ms
-        hidden = (hidden[0] if isinstance(hidden, tuple) else hidden).to(self.dtype)  # HuBERT's returns no tuple
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # HuBERT's returns no tuple
+        hidden = hidden.to(self.backbone.dtype)
         valid = None if lengths is None else valid_mask(lengths, hidden.shape[1])  # (B, frames)
-        if self.training and self.masks_time:
-            mask = self.sample_time_mask(hidden, valid)
+        if self.training and config.mask_time_prob > 0:
+            mask = sample_time_mask(config, hidden, valid)
             hidden = torch.where(mask[..., None], self.backbone.masked_spec_embed.to(hidden.dtype), hidden)
         if valid is not None:
             hidden = torch.where(valid[..., None], hidden, 0)  # the position convolution must see zeros past the end
@@ -476,27 +280,8 @@ class MultiExitSER(
             hidden = encoder.layer_norm(hidden)
         return Frames(encoder.dropout(hidden), valid)
 
-    def sample_time_mask(self, hidden: Tensor, valid: Tensor | None) -> Tensor:
-        """SpecAugment's time mask (Park et al., 2019): (B, T) bool, true in random spans of frames.
-
-        The backbone's config says how many and how long: mask_time_prob, mask_time_length and mask_time_min_masks. In
-        short clips spans are shorter, so that the fewest allowed never cover more than half.
-        """
-        config, (batch, size, _), device = self.backbone.config, hidden.shape, hidden.device
-        frames = valid.sum(1) if valid is not None else torch.full((batch,), size, device=device)  # (B,)
-        least = config.mask_time_min_masks
-        length = (frames // (2 * max(1, least))).clamp(max=config.mask_time_length)  # (B,) of a span
-        count = config.mask_time_prob * frames / length.clamp(min=1) + torch.rand(batch, device=device)
-        count = count.floor().clamp(min=least)  # (B,) spans of each clip
-        most = max(least, 1 + int(config.mask_time_prob * size))  # S: no clip has more spans
-        start = (torch.rand(batch, most, device=device) * (frames - length + 1)[:, None]).long()  # (B, S)
-        t = torch.arange(size, device=device)
-        masked = (t >= start[..., None]) & (t < (start + length[:, None])[..., None])  # (B, S, T)
-        used = torch.arange(most, device=device) < count[:, None]  # (B, S)
-        return (masked & used[..., None]).any(1)
-
     def run_layers(self, frames: Frames, start: int, stop: int) -> Frames:
-        """Transformer layers start+1 to stop; padded frames are attended by none."""
+        """Transformer layers start+1 to stop; no frame attends to padding."""
         hidden, valid, bias = frames
         config, layers = self.backbone.config, self.backbone.encoder.layers[start:stop]
         if config.model_type == "wavlm":
@@ -517,9 +302,8 @@ class MultiExitSER(
             hidden = self.backbone.encoder.layer_norm(hidden)
         # heads run in their own dtype even under autocast: half precision slows recurrence, and the losses need float32
         with torch.autocast(hidden.device.type, enabled=False):
-            return ExitOutput(exit, *head(hidden.to(head.projector.weight.dtype), frames.valid))
-
-    # -- early exit ---------------------------------------------------------------------------------------------------
+            logits, embedding = head(hidden.to(head.projector.weight.dtype), frames.valid)
+        return ExitOutput(exit, logits, embedding)
 
     @torch.no_grad()
     def early_exit(self, waveforms: Tensor, lengths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
@@ -534,12 +318,9 @@ class MultiExitSER(
         Returns:
             logits (B, C) and the exit (B,) int64 that gave them.
         Raises:
-            ValueError: in training mode, in which dropout and masks decide; another threshold; and as `forward` does.
+            ValueError: in training mode, another threshold, and as `forward` does.
         """
-        if self.training:
-            raise ValueError("early_exit needs a model in evaluation mode: call model.eval() first")
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold {threshold}: give a probability from 0 to 1")
+        self.check_early_exit(threshold)
         frames = self.embed_frames(waveforms, lengths)
         logits = frames.hidden.new_empty(len(waveforms), len(self.labels), dtype=torch.float32)
         active = torch.arange(len(waveforms), device=logits.device)  # the clips still in the batch
@@ -551,15 +332,17 @@ class MultiExitSER(
             stay = output.logits.float().softmax(-1).amax(-1) < threshold  # (B still active,)
             if not stay.any():
                 break
-            active, frames = active[stay], frames.keep(stay)
+            active, frames = active[stay], keep_clips(frames, stay)
         return logits, exits
 
+    # -- answers, smaller models, files ---------------------------------------------------------------------------
+
     @torch.no_grad()
-    def classify(self, clips, exit: int | None = None, threshold: float | str | None = None) -> list[Prediction]:
+    def classify(self, clips, exit: int | None = None, threshold: float | str | None = None) -> "list[Prediction]":
         """Classifies files or waveforms, one at a time, in evaluation mode; the model's own mode is then restored.
 
         Args:
-            clips: paths, or waveforms (T,) float at 16 kHz, of at most 60 s; or one of them alone.
+            clips: paths or waveforms (T,) float at 16 kHz, of up to 60 s; or one of them alone.
             exit: run to this exit and no further. Default: the deepest.
             threshold: stop each clip at the first exit this certain (0 to 1); "auto": the calibrated value.
         Raises:
@@ -572,12 +355,13 @@ class MultiExitSER(
             if threshold is None:
                 raise ValueError('threshold "auto": this model has not been calibrated; give a number from 0 to 1')
         exit = self.exits[-1] if exit is None else self.check_exit(exit)
-        one = isinstance(clips, str | os.PathLike) or getattr(clips, "ndim", None) == 1  # a list has no ndim
-        device, training, predictions = next(self.parameters()).device, self.training, []
+        alone = isinstance(clips, str | os.PathLike) or getattr(clips, "ndim", None) == 1  # a list has no ndim
+        training, device = self.training, self.backbone.device
         self.eval()
+        predictions = []
         try:
-            for clip in [clips] if one else clips:
-                waveform = prepare(clip, self.tile_seconds).to(device)[None]  # (1, T)
+            for clip in [clips] if alone else clips:
+                waveform = read_clip(clip, self.tile_seconds).to(device)[None]  # (1, T)
                 start = time.perf_counter()
                 if threshold is None:
                     logits, used = self(waveform, exit=exit)[0].logits, exit
@@ -592,65 +376,37 @@ class MultiExitSER(
             self.train(training)
         return predictions
 
-    def check_exit(self, exit: int) -> int:
-        if exit not in self.exits:
-            raise ValueError(f"exit {exit}: the model has exits {', '.join(map(str, self.exits))}")
-        return exit
-
-    def checked_lengths(self, waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
-        """lengths, or None where no clip is padded; raises ValueError unless the arguments of `forward` fit."""
-        if waveforms.ndim != 2 or not waveforms.is_floating_point():
-            raise ValueError(f"waveforms must be a (B, T) float tensor, not {waveforms.dtype} {tuple(waveforms.shape)}")
-        size = shortest = longest = waveforms.shape[1]
-        if lengths is not None:
-            if lengths.shape != waveforms.shape[:1]:
-                raise ValueError(f"lengths must have shape ({len(waveforms)},), not {tuple(lengths.shape)}")
-            shortest, longest = lengths.min().item(), lengths.max().item()
-        frame = 1  # samples that one frame of the CNN reads: 400 for all known backbones
-        for kernel, stride in zip(self.backbone.config.conv_kernel[::-1], self.backbone.config.conv_stride[::-1]):
-            frame = (frame - 1) * stride + kernel
-        if shortest < frame or longest > size:
-            raise ValueError(
-                f"clips of {shortest} to {longest} samples in a batch of {size}: give at least {frame}, at most {size}"
-            )
-        return None if shortest == size else lengths
-
-    # -- smaller, saved, loaded ---------------------------------------------------------------------------------------
-
     @property
     def arguments(self) -> dict:
-        """What `MultiExitSER(**arguments)` needs for the same architecture, without the original backbone."""
-        return dict(labels=self.labels, backbone=self.backbone.config.to_dict(), exits=self.exits,
-                    head=self.head_kinds, tile_seconds=self.tile_seconds, threshold=self.threshold)  # fmt: skip
+        """ARGUMENTS, which make a model of the same architecture without the original backbone."""
+        values = (self.labels, self.backbone.config.to_dict(), self.exits, self.head_kinds)
+        return dict(zip(ARGUMENTS, (*values, self.tile_seconds, self.threshold)))
 
     def truncate(self, exit: int) -> "MultiExitSER":
         """A model of its own with `exit` layers and that one exit; weights are copied, logits are equal."""
-        kind = self.head_kinds[self.exits.index(self.check_exit(exit))]
-        small = MultiExitSER(**self.arguments | dict(exits=[exit], head=[kind], threshold=None))
-        small.to(next(self.parameters()).device, self.dtype)
+        head = self.head_kinds[self.exits.index(self.check_exit(exit))]
+        backbone = self.backbone.config.to_dict()
+        small = MultiExitSER(self.labels, backbone, [exit], [head], self.tile_seconds)
+        small.to(self.backbone.device, self.backbone.dtype)
         weights = self.state_dict()
         small.load_state_dict({name: weights[name] for name in small.state_dict()})
         return small.train(self.training)
 
     def save_pretrained(self, folder, model_card_kwargs: dict | None = None, **_) -> None:
-        """Writes config.json and model.safetensors, the Hub's convention, so that a kill leaves the last ones whole.
+        """Writes model.safetensors and config.json, the Hub's convention, each whole or not at all.
 
         Also a model card, README.md, where there is none. `push_to_hub(name)`, of huggingface_hub, uploads all three.
         """
         folder = Path(folder)
         with file_errors(folder, "cannot be made a folder", "name another"):
             folder.mkdir(parents=True, exist_ok=True)
-        config, weights, card = (folder / name for name in ("config.json", "model.safetensors", "README.md"))
-        arguments = json.dumps(self.arguments, indent=2).encode()
-        with replacing(config) as config_file, replacing(weights) as weights_file:
-            config_file.write(arguments)
-            weights_file.write(safetensors.torch.save(self.state_dict(), {"format": "pt"}))
-            weights_file.flush()  # all of it is on the disk, and only then
-            if config.exists() and config.read_bytes() != arguments:
-                config.unlink()  # of another model: it must not be found beside these weights
-        if not card.exists():
-            with replacing(card) as card_file:
-                card_file.write(str(self.generate_model_card(**model_card_kwargs or {})).encode())
+        with replacing(folder / "model.safetensors") as file:
+            file.write(safetensors.torch.save(self.state_dict(), {"format": "pt"}))
+        with replacing(folder / "config.json") as file:
+            file.write(json.dumps(self.arguments, indent=2).encode())
+        if not (folder / "README.md").exists():
+            with replacing(folder / "README.md") as file:
+                file.write(str(self.generate_model_card(**model_card_kwargs or {})).encode())
 
     @classmethod
     def from_pretrained(cls, checkpoint, **hub) -> "MultiExitSER":
@@ -663,25 +419,155 @@ class MultiExitSER(
             ValueError: a checkpoint that is cut short, not ours, or of other shapes than its config says.
         """
         checkpoint = folder = os.fspath(checkpoint)
-        files = ("config.json", "model.safetensors")
         if not os.path.isdir(folder):
             advice = "give a folder written by train.py, or a Hub name"
             with file_errors(checkpoint, "no such folder, nor a Hub model within reach", advice, FileNotFoundError):
-                folder = snapshot_download(checkpoint, allow_patterns=files, **hub)
-        for name in files:
-            if not os.path.isfile(os.path.join(folder, name)):
-                raise FileNotFoundError(f"{checkpoint}: holds no {name}; give a folder written by train.py")
-        with file_errors(checkpoint, "not a whole sdser checkpoint", "train or copy it anew"):
-            arguments = json.loads(Path(folder, "config.json").read_text())
-            known = {name: arguments[name] for name in ("labels", "backbone", "exits", "head")}
-            known |= {name: arguments.get(name) for name in ("tile_seconds", "threshold")}
-            with torch.device("meta"):  # a config that the weights do not fit may ask for terabytes
-                model = cls(**known)
-            weights = safetensors.torch.load_file(os.path.join(folder, "model.safetensors"))
-            # copied, since the file's alignment in memory would change how sums are rounded
+                folder = snapshot_download(checkpoint, allow_patterns=["config.json", "model.safetensors"], **hub)
+        with file_errors(checkpoint, "not a whole sdser checkpoint", "give a folder written by train.py"):
+            saved = json.loads(Path(folder, "config.json").read_text())
+            with torch.device("meta"):  # no memory yet: a damaged config may ask for terabytes
+                model = cls(**{name: saved[name] for name in ARGUMENTS})
+            weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
+            # copied: where a file's tensors lie in memory changes how sums are rounded
             weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
             model.load_state_dict(weights, assign=True)
         return model.eval()
+
+    # -- what is refused ------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def check_arguments(labels, exits, head, tile_seconds, layers: int) -> None:
+        """Raises ValueError for arguments of `__init__` that name no model of a backbone with so many layers."""
+        if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+            raise ValueError(f"labels {labels!r}: give a list of names")
+        if len(labels) < 2 or len(set(labels)) < len(labels):
+            raise ValueError(f"labels {list(labels)}: give at least two, all different")
+        if not exits or any(a >= b for a, b in zip([0, *exits], exits)) or exits[-1] > layers:
+            raise ValueError(f"exits {exits}: they must increase, from 1 to the backbone's {layers} layers at most")
+        if len(head) != len(exits) or set(head) - set(HEADS):
+            raise ValueError(f"head {head}: give one of {', '.join(HEADS)}, or one for each of {len(exits)} exits")
+        if tile_seconds is not None and not 0.025 <= tile_seconds <= MAX_SECONDS:
+            raise ValueError(f"tile_seconds {tile_seconds}: give a number from 0.025 to {MAX_SECONDS}, or None")
+
+    @staticmethod
+    def check_batch(waveforms: Tensor, lengths: Tensor | None) -> None:
+        if waveforms.ndim != 2 or not waveforms.is_floating_point():
+            raise ValueError(f"waveforms must be a (B, T) float tensor, not {waveforms.dtype} {tuple(waveforms.shape)}")
+        shortest = longest = size = waveforms.shape[1]
+        one_each = lengths is None or lengths.shape == waveforms.shape[:1]
+        if lengths is not None:
+            shortest, longest = int(lengths.min()), int(lengths.max())
+        if not one_each or shortest < MIN_SAMPLES or longest > size:
+            raise ValueError(f"lengths {shortest} to {longest} in a batch {tuple(waveforms.shape)}: give one for each "
+                             f"clip, from {MIN_SAMPLES} samples, one frame, to all of them")  # fmt: skip
+
+    def check_early_exit(self, threshold: float) -> None:
+        if self.training:  # dropout and masks would decide
+            raise ValueError("early_exit needs a model in evaluation mode: call model.eval() first")
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold {threshold}: give a probability from 0 to 1")
+
+    def check_exit(self, exit: int) -> int:
+        if exit not in self.exits:
+            raise ValueError(f"exit {exit}: the model has exits {', '.join(map(str, self.exits))}")
+        return exit
+
+
+class Prediction(NamedTuple):
+    label: str
+    confidence: float  # the label's probability
+    probabilities: dict[str, float]  # by label
+    exit: int  # the exit that answered
+    milliseconds: float  # from waveform to probabilities
+
+
+# -- padding, and the time mask ---------------------------------------------------------------------------------------
+
+# Padding could leak wherever frames mix: in the normalisation of the waveform, in the norm over time after the first
+# convolution of "base" models, in the position convolution, in attention, and where an exit pools. Each of these looks
+# at a clip's own frames alone. Nothing else mixes them: convolutions 2 to 7 pad nothing, so a clip's first frames, as
+# many as its length gives, come from its own samples, and all other norms are per frame. Where no clip of a batch is
+# padded, lengths and `valid` are None, and the masks cost nothing.
+
+
+def valid_mask(lengths: Tensor, size: int) -> Tensor:
+    """(B,) lengths -> (B, size) bool, true where a position holds data rather than padding."""
+    return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def standardize(waveforms: Tensor, valid: Tensor | None) -> Tensor:
+    """Zero mean and unit variance over each clip's valid samples; zero elsewhere; as `Wav2Vec2FeatureExtractor` does.
+
+    waveforms: (B, T); valid: (B, T) bool, or None where all is valid. Padding may hold anything, NaN included.
+    """
+    if valid is None:
+        variance, mean = torch.var_mean(waveforms, -1, correction=0, keepdim=True)  # (B, 1)
+        return (waveforms - mean) * torch.rsqrt(variance + 1e-7)
+    count = valid.sum(-1, keepdim=True)  # (B, 1)
+    mean = torch.where(valid, waveforms, 0).sum(-1, keepdim=True) / count
+    centred = torch.where(valid, waveforms - mean, 0)
+    return centred * torch.rsqrt(centred.square().sum(-1, keepdim=True) / count + 1e-7)
+
+
+def normalize_each(norm: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
+    """A norm over time, of each clip's own frames alone; zeros behind them. x: (B, channels, T); lengths: (B,)."""
+    clips = [norm(clip[..., :length]) for clip, length in zip(x.split(1), lengths.tolist())]
+    return torch.cat([F.pad(clip, (0, x.shape[-1] - clip.shape[-1])) for clip in clips])
+
+
+def keep_clips(frames: Frames, clips: Tensor) -> Frames:
+    """The frames of some of the clips, (B,) bool, without the padding that only the others needed."""
+    hidden, valid, bias = frames.hidden[clips], frames.valid, frames.position_bias
+    if bias is not None:
+        bias = bias.unflatten(0, (len(clips), -1))[clips].flatten(0, 1)
+    if valid is not None:
+        size = int(valid[clips].sum(1).max())
+        hidden, valid = hidden[:, :size], valid[clips, :size]
+        bias = None if bias is None else bias[:, :size, :size]
+    return Frames(hidden, valid, bias)
+
+
+def sample_time_mask(config: transformers.PretrainedConfig, hidden: Tensor, valid: Tensor | None) -> Tensor:
+    """SpecAugment's time mask (Park et al., 2019): (B, T) bool, true in random spans of frames.
+
+    The backbone's config says how many and how long: mask_time_prob, mask_time_length and mask_time_min_masks. In
+    short clips spans are shorter, so that the fewest allowed never cover more than half.
+    """
+    (batch, size, _), device = hidden.shape, hidden.device
+    lengths = valid.sum(1) if valid is not None else torch.full((batch,), size, device=device)  # (B,) in frames
+    least = config.mask_time_min_masks
+    span = (lengths // (2 * max(1, least))).clamp(max=config.mask_time_length)  # (B,) frames of a span
+    count = config.mask_time_prob * lengths / span.clamp(min=1) + torch.rand(batch, device=device)
+    count = count.floor().clamp(min=least)  # (B,) spans of each clip
+    most = max(least, 1 + int(config.mask_time_prob * size))  # S: no clip has more spans
+    start = (torch.rand(batch, most, device=device) * (lengths - span + 1)[:, None]).long()  # (B, S)
+    t = torch.arange(size, device=device)
+    masked = (t >= start[..., None]) & (t < (start + span[:, None])[..., None])  # (B, S, T)
+    used = torch.arange(most, device=device) < count[:, None]  # (B, S)
+    return (masked & used[..., None]).any(1)
+
+
+# -- the backbone: convolutional encoder and transformer, from `transformers` -----------------------------------------
+
+# Built-in shapes with random weights, of about 1, 3, 95 and 315 million parameters. What is not named is as in
+# facebook/wav2vec2-base, so "base" is exactly that model; "large" is facebook/wav2vec2-large-lv60, a pre-LN
+# layout: each sublayer is normalised before it, not after it.
+SIZES = {
+    "tiny": dict(
+        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
+        conv_dim=[32] * 7, activation_dropout=0.0, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+    ),
+    "small": dict(
+        hidden_size=192, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768,
+        conv_dim=[96] * 7, activation_dropout=0.0,
+    ),
+    "base": dict(activation_dropout=0.0, feat_proj_dropout=0.1),
+    "large": dict(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, activation_dropout=0.0,
+        feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True,
+    ),
+}  # fmt: skip
+MODEL_TYPES = ("wav2vec2", "hubert", "wavlm")
 
 
 def default_exits(backbone: str | dict, layers: int) -> list[int]:
@@ -690,74 +576,151 @@ def default_exits(backbone: str | dict, layers: int) -> list[int]:
     return sorted({max(1, round(layers * share)) for share in (1 / 4, 2 / 3, 5 / 6, 1)})
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss, and fusion
-# ---------------------------------------------------------------------------------------------------------------------
+def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
+    """The `transformers` config of a built-in size, a local folder, a Hub name, or a saved dict.
+
+    Its added attribute `do_normalize` tells whether the backbone was trained on zero-mean, unit-variance waveforms.
+    """
+    if isinstance(backbone, dict):
+        backbone, config = "the backbone's config", backbone
+    elif backbone in SIZES:
+        config = {"model_type": "wav2vec2", **SIZES[backbone]}
+    else:
+        backbone = os.fspath(backbone)
+        problem = f"not a built-in size ({', '.join(SIZES)}), a folder of transformers, or a Hub model within reach"
+        with file_errors(backbone, problem, "give one"):
+            if "/" not in backbone and not os.path.isdir(backbone):
+                raise FileNotFoundError("no such folder")
+            config, _ = transformers.PretrainedConfig.get_config_dict(backbone)
+            preprocessor = cached_file(
+                backbone, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
+            )
+            if preprocessor:
+                config["do_normalize"] = json.loads(Path(preprocessor).read_text()).get("do_normalize", True)
+    if config.get("model_type") not in MODEL_TYPES or config.get("conv_pos_batch_norm"):
+        known = ", ".join(MODEL_TYPES)
+        raise ValueError(f"{backbone}: give a {known} without a batch norm in its position convolution")
+    with file_errors(backbone, "its configuration cannot be read", "save it anew"):
+        return transformers.AutoConfig.for_model(**{"do_normalize": True, **config})
 
 
-def self_distillation_loss(
-    outputs: list[ExitOutput],
-    targets: Tensor,
-    kl_weight: float = 1.0,
-    hint_weight: float = 1.0,
-    temperature: float = 1.0,
-    detach_teacher: bool = True,
-) -> tuple[Tensor, dict[str, float]]:
-    """The paper's loss: every exit learns the labels, and each shallow one what the deepest knows.
+def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    """Builds the backbone with `config.num_hidden_layers` layers, in float32; pre-trained unless built-in or a dict."""
+    # An exit needs its layer, so none may be dropped; the adapter of some models sits behind the last layer, unused.
+    config.layerdrop, config.add_adapter = 0.0, False
+    if not config.apply_spec_augment:
+        config.mask_time_prob = 0.0
+    if isinstance(backbone, dict) or backbone in SIZES:
+        model = transformers.AutoModel.from_config(config, dtype=torch.float32)
+    else:
+        verbosity = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # else it lists every layer and quantizer weight left out on purpose
+        try:
+            with file_errors(backbone, "its weights cannot be loaded", "download or save it anew"):
+                model, info = transformers.AutoModel.from_pretrained(
+                    backbone, config=config, dtype=torch.float32, output_loading_info=True
+                )
+        finally:
+            transformers.logging.set_verbosity(verbosity)
+        model.train()  # from_pretrained leaves it in evaluation mode, from_config in training mode
+        missing = set(info["missing_keys"]) - {"masked_spec_embed"}
+        if missing:
+            raise ValueError(f"{backbone}: {len(missing)} weights are missing, {min(missing)} for one; save it anew")
+    if config.mask_time_prob == 0 and hasattr(model, "masked_spec_embed"):
+        model.masked_spec_embed.requires_grad_(False)  # no loss would reach it
+    return model
 
-        L = CE(z_d, y) + 1/|S| Σ_{k in S} [ CE(z_k, y) + α T² KL(softmax(z_d/T) ‖ softmax(z_k/T)) + β MSE(f_k, f_d) ]
 
-    S are the shallow exits (students), d the deepest (teacher), z logits, f embeddings.
+# -- audio ------------------------------------------------------------------------------------------------------------
+
+
+def load_audio(path, start: float = 0.0, seconds: float | None = None) -> Tensor:
+    """Reads a file, or a part of it, as a mono waveform at 16 kHz.
 
     Args:
-        outputs: what the model returned, shallow to deep; one alone has no students and gives CE(z_d, y).
-        targets: (B,) int64 class indices y.
-        kl_weight: α, for the teacher's probabilities (Hinton et al., 2015); at 0 the term is not computed.
-        hint_weight: β, for the teacher's embedding, the hint (FitNets, Romero et al., 2015); at 0 it is not computed.
-        temperature: T softens both distributions; T² keeps the term's gradients about as large for any T.
-        detach_teacher: no gradient of the KL and hint terms flows through the teacher's outputs (Zhang et al., 2019);
-            they still shape the layers that it shares with the students.
+        path: anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), any rate, any number of channels.
+        start, seconds: the part to read, in seconds; default: from the start to the end.
     Returns:
-        the loss, a scalar, and its parts by name, unweighted and averaged over students: ce (the teacher's),
-        ce_students, kl, hint.
+        (T,) float32, nominally in [-1, 1].
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not audio, cut short, empty, shorter than one frame, or with NaN or infinite samples.
     """
-    *students, teacher = outputs
-    loss = F.cross_entropy(teacher.logits, targets)  # CE(z_d, y)
-    parts = {"ce": loss.item(), "ce_students": 0.0, "kl": 0.0, "hint": 0.0}
-    teacher_logits, teacher_embedding = teacher.logits, teacher.embedding
-    if detach_teacher:
-        teacher_logits, teacher_embedding = teacher_logits.detach(), teacher_embedding.detach()
-    for student in students:
-        ce = F.cross_entropy(student.logits, targets)  # CE(z_k, y)
-        loss = loss + ce / len(students)
-        parts["ce_students"] += ce.item() / len(students)
-        if kl_weight:  # T² KL(softmax(z_d/T) ‖ softmax(z_k/T))
-            log_p_student = F.log_softmax(student.logits / temperature, -1)
-            log_p_teacher = F.log_softmax(teacher_logits / temperature, -1)
-            kl = temperature**2 * F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True)
-            loss = loss + kl_weight * kl / len(students)
-            parts["kl"] += kl.item() / len(students)
-        if hint_weight:
-            hint = F.mse_loss(student.embedding, teacher_embedding)  # MSE(f_k, f_d)
-            loss = loss + hint_weight * hint / len(students)
-            parts["hint"] += hint.item() / len(students)
-    return loss, parts
+    with open_audio(path) as file:
+        rate, size = file.samplerate, file.frames
+        if seconds is not None:
+            file.seek(round(start * rate))
+            size = min(size, round(seconds * rate))
+        samples = file.read(size, dtype="float32", always_2d=True)  # (T, channels)
+        if len(samples) < size:
+            raise ValueError(f"{path}: cut short, {len(samples)} of {size} samples are there; replace the file")
+    waveform = torch.from_numpy(samples.mean(axis=1))  # (T,)
+    if rate != SAMPLE_RATE:
+        waveform = resample(path, waveform, rate)
+    check_waveform(path, waveform)
+    return waveform
 
 
-def fuse(outputs: list[ExitOutput] | Tensor) -> Tensor:
-    """The logits (B, C) of each clip's exit with the largest margin, top-1 minus top-2.
+@contextlib.contextmanager
+def open_audio(path):
+    """Opens a file whose header can be believed; what is done with it raises what `load_audio` raises."""
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    with file_errors(path, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
+        file = soundfile.SoundFile(path)
+    with file, file_errors(path, "damaged or cut short", "replace the file"):
+        # libsndfile reads a cut WAV as if it were whole and says so in its log alone. Programs that write into a pipe
+        # declare 2 GiB or more, for "unknown".
+        cut = re.search(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
+        if cut and int(cut[2]) < int(cut[1]) < 0x7FFFF000:
+            raise ValueError(f"{path}: cut short, {cut[2]} of {cut[1]} bytes of audio are there; replace the file")
+        if not 1000 <= file.samplerate <= 1_000_000:  # resampling from what no device records takes gigabytes
+            raise ValueError(f"{path}: a sample rate of {file.samplerate} Hz, beyond 1 kHz to 1 MHz, cannot be right")
+        yield file
 
-    outputs: the exits that take part, or their logits (exits, B, C). In the paper they are the students alone:
-    `fuse(outputs[:-1])`.
-    """
-    logits = outputs if isinstance(outputs, Tensor) else torch.stack([output.logits for output in outputs])
-    first, second = logits.topk(2, dim=-1).values.unbind(-1)  # (exits, B) each
-    return logits[(first - second).argmax(0), torch.arange(logits.shape[1], device=logits.device)]
+
+def resample(name, waveform: Tensor, rate: int) -> Tensor:
+    """(T,) at any rate -> (T,) at 16 kHz."""
+    advice = "install a pair that works, torch==2.11.0 torchaudio==2.11.0, or convert the file to 16 kHz"
+    with file_errors(name, f"resampling from {rate} Hz needs torchaudio", advice):
+        import torchaudio  # here, so that nothing else needs it
+    # The filter grows with rate / gcd(rate, 16000): odd rates, such as 11127 Hz, become a multiple of 25 Hz.
+    return torchaudio.functional.resample(waveform, max(25, 25 * round(rate / 25)), SAMPLE_RATE)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Metrics
-# ---------------------------------------------------------------------------------------------------------------------
+def read_clip(clip, tile_seconds: float | None = None) -> Tensor:
+    """A path or a waveform, of at most 60 s -> the waveform (T,) float32 that the model reads."""
+    if isinstance(clip, str | os.PathLike):
+        name, waveform = clip, load_audio(clip, seconds=MAX_SECONDS + 1)
+    else:
+        name, waveform = "the waveform", torch.as_tensor(clip)
+        check_waveform(name, waveform)
+    if len(waveform) > MAX_SECONDS * SAMPLE_RATE:
+        raise ValueError(f"{name}: longer than the limit of {MAX_SECONDS} s; cut it into windows (see the README)")
+    waveform = waveform.float()
+    return waveform if tile_seconds is None else tile(waveform, round(tile_seconds * SAMPLE_RATE))
+
+
+def tile(waveform: Tensor, samples: int) -> Tensor:
+    """Repeats or cuts a waveform (T,) to (samples,), as the paper does to reach 95,744 (5.984 s)."""
+    return waveform.repeat(math.ceil(samples / len(waveform)))[:samples]
+
+
+def check_waveform(name, waveform: Tensor) -> None:
+    """Raises ValueError if the waveform, (T,) float at 16 kHz, cannot be classified; warns about digital silence."""
+    if waveform.ndim != 1 or not waveform.is_floating_point():
+        shape = tuple(waveform.shape)
+        raise ValueError(f"{name}: a waveform is a 1-D float tensor at 16 kHz, not {waveform.dtype} of shape {shape}")
+    if len(waveform) < MIN_SAMPLES:
+        raise ValueError(f"{name}: {len(waveform)} samples at 16 kHz are shorter than one frame, {MIN_SAMPLES}")
+    if not waveform.isfinite().all():
+        raise ValueError(f"{name}: holds NaN or infinite samples; write it anew from its source")
+    if not waveform.any():
+        warnings.warn(f"{name}: digital silence; its prediction means nothing", stacklevel=2)
+
+
+# -- metrics ----------------------------------------------------------------------------------------------------------
 
 
 def confusion_matrix(targets, predictions, num_classes: int) -> np.ndarray:
@@ -783,9 +746,7 @@ def scores(targets, predictions, num_classes: int) -> dict[str, float]:
     return {"uar": float(recall.mean()), "accuracy": float(hits.sum() / true.sum()), "macro_f1": float(f1.mean())}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: what goes wrong while one is read or written becomes one sentence that names it
-# ---------------------------------------------------------------------------------------------------------------------
+# -- files: what goes wrong while one is read or written becomes one sentence that names it ---------------------------
 
 
 @contextlib.contextmanager
@@ -809,7 +770,7 @@ def file_errors(path, problem: str, advice: str, kind: type[Exception] = ValueEr
 def replacing(path):
     """Opens a file to write in the place of `path`, which it takes once it is whole; a failure leaves the old one.
 
-    A link stays a link, and what is no file, such as /dev/null, is written to as it is.
+    Symlinks are kept; special files such as /dev/null are written to directly.
     """
     with file_errors(path, "cannot be written", "make room, or name another place"):
         target = Path(os.path.realpath(path))

@@ -3,10 +3,7 @@
 import contextlib
 import multiprocessing
 import os
-import signal
 import sys
-import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -39,87 +36,48 @@ def output_to(file):
         yield
 
 
-def fit(flags, log) -> None:
+def run(flags, log, script=train) -> None:
     torch.set_num_threads(1)  # the same sums in the same order in every process
     with output_to(log):
-        train.main(list(map(str, flags)))
+        script.main(list(map(str, flags)))
 
 
-def fit_until(flags, log, calls: int) -> None:
-    """`fit` that dies before its n-th change of a file or folder; only the log says so."""
-    count = 0
+def run_until(flags, log, calls: int) -> None:
+    """`run` that dies before its n-th replacement of a file; only the log says so."""
+    count, replace = 0, os.replace
 
-    def deadly(change):
-        def changed(*args, **kwargs):
-            nonlocal count
-            count += 1
-            if count > calls:
-                os.write(1, b"died\n")
-                os._exit(9)
-            return change(*args, **kwargs)
+    def deadly(*args):
+        nonlocal count
+        count += 1
+        if count > calls:
+            os.write(1, b"died\n")
+            os._exit(9)
+        replace(*args)
 
-        return changed
-
-    for name in ("replace", "unlink", "rmdir"):
-        setattr(os, name, deadly(getattr(os, name)))
-    fit(flags, log)
+    os.replace = deadly
+    run(flags, log)
 
 
-def fit_rank(rank: int, world: int, port: int, flags, log, before=None) -> None:
-    """`fit` as one of several processes, as torchrun would start it; `before(rank)` runs first."""
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1",
+def run_as(rank: int, port: int, flags, log, script: str = "train", plainly: bool = False) -> None:
+    """`run` as one of two processes, as torchrun would start it.
+
+    plainly: steps are those of SGD; AdamW would turn the rounding of a gradient that should be zero into full steps.
+    """
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=str(port))  # fmt: skip
-    train.RANK, train.LOCAL_RANK, train.WORLD = rank, rank, world
-    if before:
-        before(rank)
-    fit(flags, log)
+    train.RANK, train.LOCAL_RANK, train.WORLD = rank, rank, 2
+    if plainly:
+        step_plainly()
+    run(flags, log, {"train": train, "evaluate": evaluate}[script])
 
 
-def evaluate_rank(rank: int, world: int, port: int, flags, log) -> None:
-    """evaluate.py as one of several processes; the first one's standard output goes to a file of its own."""
-    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    train.RANK, train.LOCAL_RANK, train.WORLD = rank, rank, world
-    torch.set_num_threads(1)
-    with output_to(log):
-        evaluate.main(list(map(str, flags)))
+def run_plainly(flags, log) -> None:
+    step_plainly()
+    run(flags, log)
 
 
-def fit_plainly(flags, log) -> None:
-    step_plainly(0)
-    fit(flags, log)
+def step_plainly() -> None:
+    def sgd(groups, weight_decay):
+        return torch.optim.SGD(groups)
 
-
-def step_plainly(rank) -> None:
-    """AdamW would turn the rounding of a gradient that should be zero into steps of full size."""
-    torch.optim.AdamW = lambda groups, weight_decay: torch.optim.SGD(groups)
-
-
-def tell_seeds(rank) -> None:
-    train_epoch = train.train_epoch
-
-    def telling(*args):
-        print(f"seed {torch.initial_seed()}", file=sys.stderr)
-        return train_epoch(*args)
-
-    train.train_epoch = telling
-
-
-def die_in_the_second_step(rank) -> None:
-    in_the_second_step(rank, lambda: os.kill(os.getpid(), signal.SIGKILL))
-
-
-def hang_in_the_second_step(rank) -> None:
-    train.TIMEOUT = timedelta(seconds=4)
-    in_the_second_step(rank, lambda: time.sleep(600))
-
-
-def in_the_second_step(rank, happens) -> None:
-    clip, steps = torch.nn.utils.clip_grad_norm_, []
-
-    def clip_grad_norm_(*args):
-        steps.append(rank)
-        if steps == [1, 1]:
-            happens()
-        return clip(*args)
-
-    torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
+    torch.optim.AdamW = sgd

@@ -5,10 +5,7 @@ import os
 import pickle
 import resource
 import shutil
-import stat
-import tracemalloc
 import warnings
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,7 @@ import processes
 import pytest
 import soundfile
 import torch
-from conftest import LABELS, LAYOUTS, build, resamples
+from conftest import LABELS, LAYOUTS, build
 from transformers import Wav2Vec2Model
 
 import sdser
@@ -58,15 +55,13 @@ def read_damaged_audio(folder, log) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         soft = pages * resource.getpagesize() + MEMORY
         resource.setrlimit(resource.RLIMIT_AS, (soft, resource.RLIM_INFINITY))
-        rng = np.random.default_rng(0)
+        rng, read = np.random.default_rng(0), []
         for source in sorted(folder.iterdir()):
             content, path = source.read_bytes(), folder / f"damaged{source.suffix}"
-            read = []
-            for _ in range(120):
+            for _ in range(60):
                 path.write_bytes(damaged(content, rng, 100))
-                outcome(path, train.audio_seconds, path)
                 read.append(outcome(path, sdser.load_audio, path))
-            assert 0 < sum(read) < len(read), source
+        assert 0 < sum(read) < len(read)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is limited by Linux's means")
@@ -79,98 +74,33 @@ def test_damaged_audio(tmp_path):
     assert process.exitcode == 0, (tmp_path / "log").read_text()[-2000:]
 
 
-@pytest.mark.parametrize("ending", ["wav", "flac", "aiff"])
-def test_audio_cut_anywhere_in_its_header(wav, ending):
-    path = wav(TONE, f"clip.{ending}")
-    content = path.read_bytes()
-    for size in [*range(1, 120), len(content) - 1]:
-        path.write_bytes(content[:size])
-        assert not outcome(path, sdser.load_audio, path) and not outcome(path, train.audio_seconds, path)
-
-
-def test_a_flac_that_declares_19_hours(wav):
-    path = wav(TONE, "clip.flac")
-    content = bytearray(path.read_bytes())
-    content[22:26] = b"\xff\xff\xff\xff"  # the number of samples
-    path.write_bytes(content)
-    assert soundfile.info(path).duration > 19 * 3600
-    assert not outcome(path, sdser.load_audio, path) and not outcome(path, train.audio_seconds, path)
-
-
 def test_a_wrong_ending_is_no_matter_and_rates_beyond_belief_are_refused(wav):
     path = wav(TONE, "clip.flac")
     assert len(sdser.load_audio(path.rename(path.with_suffix(".wav")))) == 8000
+    path = wav(TONE, "long.flac")
+    content = bytearray(path.read_bytes())
+    content[22:26] = b"\xff\xff\xff\xff"  # declares 19 hours
+    path.write_bytes(content)
+    assert not outcome(path, sdser.load_audio, path)
     for rate in (999, 1_000_001, 2_000_000_000):  # resampling from 2 GHz would take gigabytes
         path = wav(TONE, rate=rate)
-        with pytest.raises(ValueError, match=f"a sample rate of {rate} Hz cannot be right"):
-            train.audio_seconds(path)
-
-
-@resamples
-@pytest.mark.parametrize("window", ["natural", "tile"])
-def test_an_hour_long_training_clip_costs_its_crop(tmp_path, window):
-    rng = np.random.default_rng(0)
-    with soundfile.SoundFile(tmp_path / "hour.wav", "w", 8000, 1, subtype="PCM_U8") as file:
-        for _ in range(60):
-            file.write(rng.uniform(-0.5, 0.5, 60 * 8000))
-    clip = train.Clip(str(tmp_path / "hour.wav"), "anger", "s0", "train")
-    args = train.complete_args(train.parse_args(["--window", window, "--seconds", "3"]))[0]
-    dataset = train.TrainingClips([clip], ["anger"], args)
-    dataset[0]  # imports the resampler
-    tracemalloc.start()
-    waveform, _ = dataset[0]
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert len(waveform) == 48_000 and peak < 2e6, "the hour is 115 MB"
-
-
-def test_a_part_is_what_the_whole_holds_there(wav):
-    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000).astype(np.float32)
-    for ending in ("wav", "flac"):
-        path = wav(samples, f"clip.{ending}")
-        whole = sdser.load_audio(path)
-        for position, start in ((0, 0), (0.5, 4000), (1, 8000)):
-            part = sdser.load_audio(path, part_seconds=0.5, position=position)
-            assert torch.equal(part, whole[start : start + 8000])
-        assert torch.equal(sdser.load_audio(path, part_seconds=2, position=0.7), whole)
+        assert not outcome(path, sdser.load_audio, path)
 
 
 # -- manifests --------------------------------------------------------------------------------------------------------
 
-MANIFESTS = {
-    "a.csv": 'path,label,speaker,split\r\n"a, b.wav",joy,S1,train\r\nsub/ü.wav,Sorge,S2,dev\r\n/a.wav,joy,S3,test\r\n',
-    "a.tsv": "filename\temotion_class\nx.wav\tjoy\ny.wav\tanger\n",
-    "a.jsonl": '{"wav": "x.wav", "emo": "joy", "speaker": 1}\n{"wav": "ü.wav", "emo": 2, "split": "dev"}\n',
-}
 
-
-@pytest.mark.parametrize("name", MANIFESTS)
-def test_damaged_manifests(tmp_path, name):
-    rng, path = np.random.default_rng(0), tmp_path / name
-    content, read = MANIFESTS[name].encode("utf-8-sig"), []
-    for _ in range(600):
+def test_damaged_manifests(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "a.csv"
+    text = 'path,label,speaker,split\r\n"a, b.wav",joy,S1,train\r\nsub/ü.wav,Sorge,S2,dev\r\n/a.wav,joy,S3,test\r\n'
+    content, read = text.encode("utf-8-sig"), []
+    for _ in range(300):
         path.write_bytes(damaged(content, rng, len(content)))
         read.append(outcome(path, train.load_corpus, path))
         if read[-1]:
             clips = train.load_corpus(path)
             assert all(clip.path and clip.label and clip.split in (None, *train.SPLITS) for clip in clips)
     assert 0 < sum(read) < len(read)
-
-
-@pytest.mark.parametrize(
-    "text", ["[" * 100_000, '{"wav": ' * 100_000, '{"wav": ' + "1" * 5000 + "}", '"' * 99, "\0" * 99, "a" * 200_000]
-)
-def test_manifests_made_to_overwhelm(tmp_path, text):
-    for ending in ("csv", "tsv", "jsonl"):
-        path = tmp_path / f"a.{ending}"
-        path.write_text("path,label\n" + text if ending == "csv" else text)
-        outcome(path, train.load_corpus, path)
-
-
-def test_rows_given_twice_are_two_clips(tmp_path):
-    (tmp_path / "a.csv").write_text("path,label,speaker\nx.wav,joy,s\nx.wav,joy,s\n")
-    first, second = train.load_corpus(tmp_path / "a.csv")
-    assert first == second
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------
@@ -195,7 +125,6 @@ def test_damaged_checkpoints(tmp_path):
         ("hidden_size", 3_200_000),
         ("intermediate_size", 10**9),
         ("conv_dim", [10**6] * 7),
-        ("num_hidden_layers", 10**9),
         ("vocab_size", 10**12),
     ],
 )
@@ -205,53 +134,6 @@ def test_a_config_that_asks_for_terabytes(tmp_path, where, value):
     config["backbone"][where] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert outcome(tmp_path, sdser.MultiExitSER.from_pretrained, tmp_path) == (where == "vocab_size")
-
-
-def test_damaged_states(tmp_path):
-    rng, path = np.random.default_rng(0), tmp_path / "train_state.pt"
-    tensors = {"model": {"w": torch.ones(9)}, "optimizer": {}, "scheduler": {}}
-    torch.save(tensors | {"args": dict.fromkeys(train.PRESETS), "log": []}, path)
-    content, read = path.read_bytes(), []
-    for _ in range(300):
-        path.write_bytes(damaged(content, rng, len(content)))
-        read.append(outcome(path, train.load_state, tmp_path))
-    assert 0 < sum(read) < len(read)
-
-
-def test_unknown_keys_in_a_config(tmp_path):
-    build(head="mean").save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"trust_remote_code": True, "auto_map": {"x": "y"}}))
-    assert sdser.MultiExitSER.from_pretrained(tmp_path).labels == LABELS
-
-
-# -- archives ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_symlink_in_an_archive_leads_nowhere(tmp_path):
-    link = zipfile.ZipInfo("wav")
-    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
-        file.writestr(link, str(tmp_path / "target"))
-        file.writestr("wav/03a01Fa.wav", b"RIFF")
-    (tmp_path / "target").mkdir()
-    assert not outcome("a.zip", train.unpack, str(tmp_path / "a.zip"), str(tmp_path / "out"), "a.zip")
-    assert not list((tmp_path / "target").iterdir())
-    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
-
-
-def test_damaged_archives(tmp_path):
-    rng, path = np.random.default_rng(0), tmp_path / "a.zip"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for i in range(5):
-            file.writestr(f"wav/0{i}a01Fa.wav", bytes(1000))
-    content = path.read_bytes()
-    for i in range(300):
-        path.write_bytes(damaged(content, rng, len(content)))
-        outcome("a.zip", train.unpack, str(path), str(tmp_path / "unpacked" / str(i)), "a.zip")
-    size = sum(file.stat().st_size for file in (tmp_path / "unpacked").rglob("*") if file.is_file())
-    assert size <= 300 * 5000
-    assert {file.name for file in tmp_path.iterdir()} == {"a.zip", "unpacked"}
 
 
 # -- no code from data ------------------------------------------------------------------------------------------------
@@ -265,11 +147,6 @@ class Bomb:
 
     def __reduce__(self):
         return os.mkdir, (f"{self.folder}/exploded",)
-
-
-def test_the_bomb_works(tmp_path):
-    pickle.loads(pickle.dumps(Bomb(tmp_path)))
-    assert (tmp_path / "exploded").exists()
 
 
 @pytest.mark.parametrize("how", ["pickle", "torch"])
@@ -291,7 +168,7 @@ def test_nothing_is_unpickled(tmp_path, capsys, where, how):
     elif where == "train_state.pt":
         with pytest.raises(SystemExit) as end:
             train.main(["--resume", "--out", str(tmp_path)])
-        assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: {path}: cannot be read")
+        assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: {path}: ")
     else:
         assert not outcome(tmp_path, sdser.MultiExitSER.from_pretrained, tmp_path)
     assert not (tmp_path / "exploded").exists()

@@ -105,7 +105,7 @@ def test_iemocap_folds_hold_out_whole_sessions(iemocap, capsys):
     run("IEMOCAP")
     assert capsys.readouterr().out.startswith("34 Counter(")
     clips = train.load_corpus("iemocap.csv")
-    with pytest.raises(ValueError, match="every label"):  # one clip of disgust cannot be in three splits
+    with pytest.raises(ValueError, match="disgust"):  # one clip of disgust cannot be in three splits
         train.split_clips(clips, (1, 5))
     four = [clip for clip in clips if clip.label in FOUR]  # what --labels does
     assert len(four) == 30
@@ -116,14 +116,6 @@ def test_iemocap_folds_hold_out_whole_sessions(iemocap, capsys):
         assert [len(group) for group in speakers(split).values()] == [3, 1, 1]
         tested += speakers(split)["test"]
     assert sorted(tested) == ["Ses01", "Ses02", "Ses03", "Ses04", "Ses05"]
-
-
-def test_the_iemocap_counts_in_the_text_add_up():
-    full = {"xxx": 2507, "fru": 1849, "neu": 1708, "ang": 1103, "sad": 1084, "exc": 1041, "hap": 595, "sur": 107,
-            "fea": 40, "oth": 3, "dis": 2}  # fmt: skip
-    assert sum(full.values()) == 10039 and full["hap"] + full["exc"] == 1636
-    assert 10039 - 2507 - 3 == 7529 and 1103 + 1636 + 1708 + 1084 == 5531 == 1085 + 1023 + 3423
-    assert "7,529 is what remains of 10,039" in " ".join(DOC.split())
 
 
 # -- EmoBox -----------------------------------------------------------------------------------------------------------
@@ -160,7 +152,7 @@ def test_emobox_takes_dev_from_the_training_sessions():
     write_list("iemocap", "test", iemocap_turns(2), fold=2)
     write("path/to/EmoBox/data/iemocap/iemocap.jsonl", '{"key": "iemocap-all", "wav": "all.wav", "emo": "neu"}\n')
     run("EmoBox")
-    clips = train.split_clips(train.load_corpus("emobox.csv"), None)
+    clips = train.split_clips(train.load_corpus("emobox.csv"))
     assert speakers(clips) == {"train": {"Ses03", "Ses04", "Ses05"}, "dev": {"Ses02"}, "test": {"Ses01"}}
     assert Counter(clip.label for clip in clips) == {"Happy": 10, "Neutral": 5, "Angry": 5, "Sad": 5}
     [clip] = [clip for clip in clips if "Ses02F_impro04_F002" in clip.path]
@@ -181,7 +173,7 @@ def test_emobox_without_speakers_takes_every_fourth_clip_of_a_label():
     other = '{"key": "emodb-03a02Wb", "audio": "downloads/emodb/wav/03a02Wb.wav", "label": "anger"}\n'
     write("path/to/EmoBox/data/emodb/fold_2/emodb_train_fold2.jsonl", other)  # lies beside the lists, in other fields
     run("EmoBox", UNKNOWN | {'"iemocap", 1': '"emodb", 2'})
-    clips = train.split_clips(train.load_corpus("emobox.csv"), None)
+    clips = train.split_clips(train.load_corpus("emobox.csv"))
     split = {Path(clip.path).stem: clip.split for clip in clips}
     assert {name for name in split if split[name] == "dev"} == {"03a00Wa", "03a04Wa", "03a00Nc", "03a04Nc"}
     assert {name for name in split if split[name] == "test"} == {"16a01Wa", "16a01Na"}
@@ -189,86 +181,13 @@ def test_emobox_without_speakers_takes_every_fourth_clip_of_a_label():
     assert {clip.speaker for clip in clips} == {None}
 
 
-def test_emobox_keeps_a_dev_list_of_its_own():
-    write_map("meld", {"joy": "Happy", "anger": "Angry"})
-    for name in ("train", "valid", "test"):
-        turns = [(f"dia{n}_utt0-{name}", f"{name}/dia{n}_utt0.mp4", emo) for n, emo in enumerate(["joy", "anger"])]
-        write_list("meld", name, turns)
-    converted = {'root / clip["wav"]': '(root / clip["wav"]).with_suffix(".wav")'}
-    run("EmoBox", UNKNOWN | converted | {'"iemocap", 1': '"meld", 1'})
-    clips = train.split_clips(train.load_corpus("emobox.csv"), None)
-    found = {(clip.path.removeprefix("path/to/EmoBox/downloads/meld/"), clip.label, clip.split) for clip in clips}
-    assert found == {
-        ("train/dia0_utt0.wav", "Happy", "train"), ("train/dia1_utt0.wav", "Angry", "train"),
-        ("valid/dia0_utt0.wav", "Happy", "dev"), ("valid/dia1_utt0.wav", "Angry", "dev"),
-        ("test/dia0_utt0.wav", "Happy", "test"), ("test/dia1_utt0.wav", "Angry", "test"),
-    }  # fmt: skip
-    assert 'write `(root / clip["wav"]).with_suffix(".wav")` in the' in DOC
-
-
-@pytest.mark.parametrize(("name", "label"), [("label_dict.json", "Happy"), (None, "gio")])
-def test_emobox_with_another_map_or_none(name, label):
-    if name:
-        write_map("emovo", {"gio": "Happy"}, name)
-    write_list("emovo", "train", [(f"gio-f{n}-b2", f"f{n}/gio-f{n}-b2.wav", "gio") for n in (1, 3)])
-    write_list("emovo", "test", [("gio-m1-b2", "m1/gio-m1-b2.wav", "gio")])
-    run("EmoBox", {r'r"Ses\d\d"': 'r"[fm]\\d"', '"iemocap", 1': '"emovo", 1'})
-    clips = train.load_corpus("emobox.csv")
-    assert [(clip.speaker, clip.label, clip.split) for clip in clips] == [
-        ("f1", label, "dev"), ("f3", label, "train"), ("m1", label, "test")
-    ]  # fmt: skip
-
-
-def test_emobox_lists_with_the_same_voices_are_refused_when_these_are_named():
-    for name in ("train", "test"):
-        clips = [(f"{speaker}_{name}_ANG_XX", f"{speaker}_{name}.wav", "ANG") for speaker in (1001, 1002)]
-        write_list("cremad", name, clips)
-    changes = {'"iemocap", 1': '"cremad", 1'}
-    run("EmoBox", changes | {r'r"Ses\d\d"': 'r"\\d{4}"'})
-    clips = train.load_corpus("emobox.csv")
-    assert speakers(clips) == {"train": {"1002"}, "dev": {"1001"}, "test": {"1001", "1002"}}
-    with pytest.raises(ValueError, match="1001 stands in two splits"):
-        train.split_clips(clips, None)
-    run("EmoBox", changes | UNKNOWN)
-    assert len(train.load_corpus("emobox.csv")) == 4
-
-
 def test_emobox_parts_of_a_long_file_are_refused():
     parts = [(f"m000{n}-angry", "pavoque-angry.flac", "angry") for n in range(8)]
     write_list("pavoque", "train", parts[:7], start_time=0.0, end_time=4.46)
     write_list("pavoque", "test", parts[7:], start_time=4.46, end_time=6.2)
     run("EmoBox", UNKNOWN | {'"iemocap", 1': '"pavoque", 1'})
-    with pytest.raises(ValueError, match=r"pavoque-angry.flac stands in two splits"):
-        train.split_clips(train.load_corpus("emobox.csv"), None)
-
-
-def test_emobox_without_such_a_fold(capsys):
-    write_list("iemocap", "train", iemocap_turns(1))
-    run("EmoBox", {'"iemocap", 1': '"iemocap", 6'})
-    assert capsys.readouterr().out.startswith("0 Counter()")
-    with pytest.raises(ValueError, match="lists no clips"):
-        train.load_corpus("emobox.csv")
-
-
-KEYS = {  # real keys, and who speaks there
-    "cafe": ("cafe-08-P-2-1", "08"),
-    "casia": ("casia-239-wangzhe-neutral", "wangzhe"),
-    "emovo": ("emovo-gio-f2-b2", "f2"),
-    "esd": ("esd-0005-000001", "0005"),
-    "iemocap": ("iemocap-Ses01F_impro04_F000", "Ses01"),
-    "jlcorpus": ("jlcorpus-female2-angry-3b-2", "female2"),
-    "polish": ("polish-m3.s_trzymaj_5", "m3"),
-    "ravdess": ("ravdess-03-01-07-02-02-02-11", "11"),
-    "savee": ("savee-JE-sa08", "JE"),
-    "subesco": ("subesco-M_09_SHUMANTA_S_2_FEAR_2", "M_09"),
-}
-
-
-def test_the_table_of_emobox_speakers():
-    table = dict(re.findall(r'\| `(\w+)` \| \d \| `r"(.+?)"` (?=\|)', DOC))
-    assert {corpus: re.search(pattern, KEYS[corpus][0])[0] for corpus, pattern in table.items()} == {
-        corpus: speaker for corpus, (_, speaker) in KEYS.items()
-    }
+    with pytest.raises(ValueError, match=r"pavoque-angry\.flac"):
+        train.split_clips(train.load_corpus("emobox.csv"))
 
 
 # -- MSP-Podcast ------------------------------------------------------------------------------------------------------
@@ -294,26 +213,13 @@ def test_msp_podcast(capsys, dev):
     write_podcast(dev=dev)
     run("MSP-Podcast")
     assert capsys.readouterr().out.startswith("24 Counter(")
-    clips = train.split_clips(train.load_corpus("msp-podcast.csv"), None)
+    clips = train.split_clips(train.load_corpus("msp-podcast.csv"))
     for podcast, split in enumerate(["train", "dev", "test"]):
         found = [clip for clip in clips if clip.split == split]
         assert [clip.label for clip in found] == list(EIGHT.values())
         assert [clip.speaker for clip in found] == [None, None, *(f"{100 * podcast + n}" for n in range(2, 8))]
     assert clips[0] == train.Clip("path/to/MSP-Podcast/Audios/MSP-PODCAST_0001_0000.wav", "anger", None, "train")
     assert clips[-1] == train.Clip("path/to/MSP-Podcast/Audios/MSP-PODCAST_0001_0027.wav", "neutral", "207", "test")
-
-
-def test_msp_podcast_counts_unknown_speakers(capsys):
-    write_podcast([("X", "Unknown", "Train"), ("N", "Unknown", "Test2"), ("N", "Unknown", "Test1")])
-    run("MSP-Podcast")
-    assert capsys.readouterr().out.splitlines()[-1] == "7 clips of unknown speakers"  # two a set, and the last one
-
-
-def test_msp_podcast_with_a_known_speaker_in_two_sets_is_refused():
-    write_podcast([("N", "7", "Test1")])  # 7 speaks in Train, too
-    run("MSP-Podcast")
-    with pytest.raises(ValueError, match="speaker 7 stands in two splits"):
-        train.split_clips(train.load_corpus("msp-podcast.csv"), None)
 
 
 # -- a folder for each label ------------------------------------------------------------------------------------------
@@ -328,7 +234,8 @@ def test_folders(capsys):
     write_folders(
         "anger/anna_01.wav", "anger/anna_02.WAV", "anger/ben/01.wav", "anger/cleo/day_1/01.flac",
         "neutral/anna_01.wav", "neutral/ben/01.wav", "neutral/cleo_1_2.mp3",
-        "anger/._anna_01.wav", "anger/ben/._01.wav", "__MACOSX/anger/._anna_01.wav", ".cache/anna_01.wav",
+        "anger/._anna_01.wav", "anger/ben/._01.wav", "anger/.trash/anna_07.wav",
+        "__MACOSX/anger/._anna_01.wav", ".cache/anna_01.wav",
         "anger/notes_1.txt", "anna_readme.wav",
     )  # fmt: skip
     run("A folder for each label")
@@ -347,28 +254,10 @@ def test_folders(capsys):
     assert sorted(map(sorted, tested)) == [["anna"], ["ben"], ["cleo"]]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "name", "speaker"),
-    [(r".*-(\d+)\.", "happy-03-17.wav", "17"), (r"([a-z]+)\d", "anna01.wav", "anna")],
-)
-def test_folders_with_other_names(pattern, name, speaker):
-    assert f'`r"{pattern}"`' in DOC and f"`{name}`" in DOC
-    write_folders(f"joy/{name}")
-    run("A folder for each label", {r"(.+?)[_/]": pattern})
-    assert train.load_corpus("folders.csv") == [train.Clip(f"path/to/folders/joy/{name}", "joy", speaker)]
-
-
 def test_folders_whose_names_do_not_tell_the_speaker_are_refused():
     write_folders("anger/anna_01.wav", "anger/ben_01.wav", "anger/01.wav")
     run("A folder for each label")
     clips = train.load_corpus("folders.csv")
     assert [clip.speaker for clip in clips] == [None, "anna", "ben"]
-    with pytest.raises(ValueError, match=r"anger/01.wav: has neither speaker nor split"):
-        train.split_clips(clips, (1, 2))
-
-
-def test_folders_with_the_label_in_every_name_cannot_be_dealt():
-    write_folders(*(f"{label}/{label}_{n}.wav" for label in ("anger", "fear", "joy") for n in range(3)))
-    run("A folder for each label")
-    with pytest.raises(ValueError, match="every label"):
-        train.split_clips(train.load_corpus("folders.csv"), None)
+    with pytest.raises(ValueError, match=r"anger/01\.wav"):
+        train.split_clips(clips, (1, 3))

@@ -1,464 +1,307 @@
 """The evaluation script: costs and intervals against independent counts, and the whole command on small runs."""
 
-import contextlib
 import json
-import re
 import resource
 import shutil
-from collections import Counter
-from functools import partial
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
-from conftest import build
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from conftest import LABELS, build
 
-import benchmark_edge
 import evaluate
 import sdser
 import train
 
 
 @pytest.fixture(scope="session")
-def runs(corpus, tmp_path_factory):
-    """Two folds of a run, and another of the first fold with other weights."""
+def trained(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    for name, flags in (
-        ("fold1", ["--fold", "1/3"]),
-        ("fold2", ["--fold", "2/3"]),
-        ("other", ["--fold", "1/3", "--seed", "1"]),
-    ):
-        train.main(["--data", str(corpus), "--epochs", "2", "--batch-size", "4", "--out", str(folder / name), *flags])
+    for name, fold, seed in ("fold1", "1/3", "0"), ("fold2", "2/3", "0"), ("other", "1/3", "1"):
+        flags = ["--fold", fold, "--seed", seed, "--epochs", "2", "--batch-size", "4", "--out", str(folder / name)]
+        train.main(["--data", str(corpus), *flags])
     return folder
 
 
-def report(capsys, *flags):
-    capsys.readouterr()
-    evaluate.main(list(map(str, flags)))
-    return capsys.readouterr()
+@pytest.fixture
+def runs(trained, tmp_path):
+    """Two folds of a run, and another of the first fold; a copy for each test, since evaluation writes into them."""
+    return shutil.copytree(trained, tmp_path / "runs")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def call(*flags) -> dict:
+    """What the command writes as JSON."""
+    evaluate.main([*map(str, flags), "--json", "results.json"])
+    return json.loads(Path("results.json").read_text())
 
 
 def refused(capsys, *flags) -> str:
     with pytest.raises(SystemExit) as end:
         evaluate.main(list(map(str, flags)))
     assert end.value.code == 2
-    return capsys.readouterr().err.strip().splitlines()[-1]
+    return capsys.readouterr().err
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------
 
 
-def counted_macs(model, samples, exit) -> float:
-    """torch's own count of one forward pass; it sees attention only where it is eager, and no oneDNN kernel."""
-    if model.backbone.config.model_type != "wavlm":
-        model.backbone.set_attn_implementation("eager")
-    large = model.backbone.config.hidden_size > 100  # then the shapes alone, without data, are enough work
-    tensors = FakeTensorMode(allow_non_fake_inputs=True) if large else contextlib.nullcontext()
-    with (
-        torch.no_grad(),
-        torch.backends.mkldnn.flags(enabled=False),
-        tensors,
-        FlopCounterMode(display=False) as counter,
-    ):
-        model(torch.zeros(1, samples), exit=exit)
-    return counter.get_total_flops() / 2
-
-
-@pytest.mark.filterwarnings("ignore:TF32")
 def test_macs_of_base():
-    model = sdser.MultiExitSER(["a", "b", "c"], "base", head=["gru", "lstm", "attention", "mean"]).eval()
-    for k in (3, 8, 10, 12):
-        assert evaluate.count_macs(model, 96_000, k) == pytest.approx(counted_macs(model, 96_000, k), rel=0.01)
+    """One second, or 49 frames, of wav2vec2-base."""
+    model = sdser.MultiExitSER(LABELS, "base", [3, 12], head=["gru", "mean"]).eval()
+    convolutions = 512 * 10 * 3199 + 512 * 512 * (3 * (1599 + 799 + 399 + 199) + 2 * (99 + 49))
+    before = convolutions + 49 * (512 * 768 + 128 * 768 * 48)  # position: a kernel of 128 frames, 48 channels a group
+    layer = 49 * (4 * 768**2 + 2 * 768 * 3072 + 2 * 49 * 768)
+    gru = 49 * 6 * 768**2
+    assert evaluate.count_macs(model, 16_000, 3) == pytest.approx(before + 3 * layer + gru, rel=0.01)
+    assert evaluate.count_macs(model, 16_000, 12) == pytest.approx(before + 12 * layer, rel=0.01)
 
 
-@pytest.mark.filterwarnings("ignore:TF32")
-def test_macs_of_every_layout_and_head(layout):
+def test_costs_of_every_layout_and_head(layout):
     model = build(layout, exits=[1, 2, 3, 4], head=list(sdser.HEADS))
-    for k in model.exits:
-        assert evaluate.count_macs(model, 96_000, k) == pytest.approx(counted_macs(model, 96_000, k), rel=0.01)
+    d, t, inner = 32, 99, 64  # width, frames of 2 s, width within a layer
+    before = 16 * 10 * 6399 + 16 * 16 * (3 * (3199 + 1599 + 799 + 399) + 2 * (199 + 99))
+    before += t * (16 * d + 16 * d * d // 4)  # projection, position convolution
+    gate = 8 * d if layout.startswith("wavlm") else 0  # of the position bias
+    layer = t * (4 * d * d + 2 * d * inner + 2 * t * d + gate)
+    heads = {"gru": 6 * d * d, "lstm": 8 * d * d, "attention": 2 * d, "mean": d}
+    for k, kind in zip(model.exits, sdser.HEADS):
+        total = before + k * layer + t * heads[kind] + 256 * (d + 3)
+        assert evaluate.count_macs(model, 32_000, k) == pytest.approx(total, rel=0.002)
+        assert evaluate.count_parameters(model, k, [k]) == sum(p.numel() for p in model.truncate(k).parameters())
 
 
-def test_macs_of_arrays_tiles_and_several_heads():
+def test_macs_of_tiles_and_of_heads_on_the_way():
     model = build(head="gru")
-    one, two = (int(evaluate.count_macs(model, n, 2)) for n in (8000, 16000))
-    assert evaluate.count_macs(model, np.array([8000, 16000]), 2).tolist() == [one, two] and two > 2 * one
-    both, second = evaluate.count_macs(model, 8000, 2, [1, 2]), evaluate.count_macs(model, 8000, 2, [2])
-    assert both - second == 24 * 7 * 32**2 - 24 * 32**2 + 24 * 32 + 256 * (32 + 3)  # 24 frames, width 32, 3 classes
+    short, long = evaluate.count_macs(model, 8000, 2), evaluate.count_macs(model, 16_000, 2)
+    head = 24 * (6 * 32**2 + 32) + 256 * (32 + 3)  # 24 frames, width 32, 3 classes
+    assert evaluate.count_macs(model, 8000, 2, heads_on_the_way=True) - short == head and long > 2 * short
     model.tile_seconds = 1.0
-    assert evaluate.count_macs(model, np.array([8000, 30000]), 2).tolist() == [two, two]
-
-
-def test_kept_parameters_are_those_of_the_truncated_model(layout):
-    model = build(layout)
-    for k in model.exits:
-        assert evaluate.kept_parameters(model, k) == sum(p.numel() for p in model.truncate(k).parameters())
+    assert evaluate.count_macs(model, 8000, 2) == evaluate.count_macs(model, 30_000, 2) == long
 
 
 # -- intervals --------------------------------------------------------------------------------------------------------
 
 
-def made_up(speakers=12, clips=20, wrong=0.3, seed=0):
-    rng = np.random.default_rng(seed)
-    targets = rng.integers(0, 3, speakers * clips)
-    predictions = np.where(rng.random(len(targets)) < wrong, (targets + 1) % 3, targets)
-    return targets, predictions, np.repeat([f"s{i}" for i in range(speakers)], clips)
+def made_up(wrong: float, speakers=12) -> evaluate.Scored:
+    """20 clips of each speaker, and answers of which a share is wrong."""
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 3, 20 * speakers)
+    answers = np.where(rng.random(len(targets)) < wrong, (targets + 1) % 3, targets)
+    clips = [train.Clip(f"{i}.wav", LABELS[target], f"s{i // 20}", "test") for i, target in enumerate(targets)]
+    logits = torch.nn.functional.one_hot(torch.tensor(answers), 3).float().expand(3, -1, -1)
+    return evaluate.Scored(build(), clips, np.zeros(len(clips), int), logits)
 
 
-def test_bootstrap_draws_speakers_with_all_their_clips(monkeypatch):
-    targets, predictions, speakers = made_up()
-    draws = evaluate.bootstrap(targets, predictions[None], speakers, 3)[0]
-    rng, names = np.random.default_rng(1), np.unique(speakers)
-    expected = []
+def test_bootstrap_draws_speakers_with_all_their_clips():
+    scored = made_up(wrong=0.3)
+    targets, answers = scored.targets, scored.logits[0].argmax(-1).numpy()
+    speakers = evaluate.speakers_or_clips(scored.clips)
+    draws = evaluate.bootstrap(targets, answers[None], speakers, 3)[0]
+    rng, names, expected = np.random.default_rng(1), np.unique(speakers), []
     for _ in range(1000):  # the plain way: draw speakers, put their clips together, score them
         clips = np.concatenate([np.flatnonzero(speakers == name) for name in rng.choice(names, len(names))])
-        expected.append(sdser.unweighted_average_recall(targets[clips], predictions[clips], 3))
-    assert draws.shape == (evaluate.DRAWS,)
+        expected.append(sdser.unweighted_average_recall(targets[clips], answers[clips], 3))
     assert draws.mean() == pytest.approx(np.mean(expected), abs=0.005)
     assert evaluate.interval(draws) == pytest.approx(np.percentile(expected, [2.5, 97.5]), abs=0.015)
 
 
-def test_bootstrap_of_one_speaker_has_no_width_and_of_rare_classes_no_gaps():
-    targets, predictions, speakers = made_up(speakers=1)
-    low, high = evaluate.interval(evaluate.bootstrap(targets, predictions[None], speakers, 3)[0])
-    assert low == high == pytest.approx(sdser.unweighted_average_recall(targets, predictions, 3))
-    # class 2 has one speaker, class 3 none: draws without that speaker average over two classes
-    draws = evaluate.bootstrap(np.array([0, 1, 0, 1, 2]), np.array([[0, 1, 0, 1, 0]]), np.array(list("aabbc")), 4)
-    assert set(draws[0].round(6)) <= {round(2 / 3, 6), 1.0, 0.0} and len(set(draws[0].round(6))) > 1
-
-
-def scored(wrong, seed=0, name="run"):
-    targets, predictions, speakers = made_up(wrong=wrong, seed=seed)
-    labels = ["anger", "joy", "sadness"]
-    clips = [train.Clip(f"{i}.wav", labels[t], s, "test") for i, (t, s) in enumerate(zip(targets, speakers))]
-    logits = torch.nn.functional.one_hot(torch.tensor(predictions), 3).float().expand(3, -1, -1)
-    return evaluate.Scored(name, build(), clips, np.full(len(clips), 2.0), logits)
+def test_bootstrap_averages_over_the_classes_that_are_drawn():
+    """Class 2 has one speaker, class 3 none; and what one speaker alone gives has no width."""
+    targets, answers = np.array([0, 1, 0, 1, 2]), np.array([[0, 1, 0, 1, 0]])
+    assert set(evaluate.bootstrap(targets, answers, list("aabbc"), 4)[0].round(6)) == {0.0, 0.666667, 1.0}
+    assert set(evaluate.bootstrap(targets, answers, list("aaaaa"), 4)[0].round(6)) == {0.666667}
 
 
 def test_comparison_is_paired():
-    good, bad = scored(0.1), scored(0.5)
-    for row in evaluate.compare([good], [good]):
+    good, bad = made_up(wrong=0.1), made_up(wrong=0.5)
+    for row in evaluate.compare(good, good):
         assert row["difference"] == 0 and row["ci95"] == [0, 0]
-    rows = evaluate.compare([good], [bad])
+    rows = evaluate.compare(good, bad)
     assert [row["exit"] for row in rows] == [1, 2, 4, "fusion"]
+    ours, theirs = (sdser.unweighted_average_recall(run.targets, run.logits[0].argmax(-1), 3) for run in (good, bad))
     for row in rows:
-        a, b = (sdser.unweighted_average_recall(run.targets, run.predictions[0], 3) for run in (good, bad))
-        assert row["difference"] == pytest.approx(a - b)
+        assert row["difference"] == pytest.approx(ours - theirs) and row["against_uar"] == theirs
         assert 0 < row["ci95"][0] < row["difference"] < row["ci95"][1]
-    [pooled, *_] = evaluate.compare([good, bad], [bad, good])
-    assert pooled["difference"] == 0 and pooled["ci95"][0] <= 0 <= pooled["ci95"][1]
 
 
 # -- early exit -------------------------------------------------------------------------------------------------------
 
 
-def test_sweep_by_hand():
-    run = scored(0.3)
+def test_early_exit_and_fusion_by_hand():
     logits = torch.zeros(3, 4, 3)
     logits[0, 0, 0] = logits[1, 1, 1] = logits[2, 2, 2] = 10.0  # certain at exit 1, at exit 2, at exit 4; never
-    run = run._replace(logits=logits, clips=run.clips[:4], seconds=np.full(4, 0.5))
     assert evaluate.exit_index(logits, 0.9).tolist() == [0, 1, 2, 2]
-    assert evaluate.exit_index(logits, 0.0).tolist() == [0, 0, 0, 0]
-    row = next(row for row in evaluate.sweep([run]) if row["threshold"] == 0.9)
-    assert row["mean_layers"] == (1 + 2 + 4 + 4) / 4
-    assert row["exit_share"] == {"1": 0.25, "2": 0.25, "4": 0.5}
-    costs = [evaluate.count_macs(run.model, 8000, k, heads) for k, heads in ((1, [1]), (2, [1, 2]), (4, [1, 2, 4]))]
-    assert row["macs_per_second"] == pytest.approx((costs[0] + costs[1] + 2 * costs[2]) / 2.0)
+    assert evaluate.exit_index(logits, np.array([0.9, 0.0, 0.9, 0.0])).tolist() == [0, 0, 2, 0]
+    rows = evaluate.predict_rows(evaluate.Scored(build(), [], np.zeros(4), logits), 0.9)
+    assert rows["early exit"].tolist() == [0, 1, 2, 0] and rows[4].tolist() == [0, 0, 2, 0]
+    assert rows["fusion"].tolist() == [0, 1, 0, 0]  # of exits 1 and 2
 
 
-def test_calibration_takes_the_cheapest_threshold_within_tolerance(runs, tmp_path):
-    shutil.copytree(runs / "fold1", tmp_path / "run")
-    args = evaluate.parse_args([str(tmp_path / "run"), "--tolerance", "0.05"])
-    [run], _ = evaluate.load_and_score(args.checkpoints, args)
-    threshold, dev = evaluate.calibrate(run, args)
-    deepest = sdser.scores(dev.targets, dev.predictions[2], 2)["uar"]
-    costs = {row["threshold"]: row["macs_per_second"] for row in evaluate.sweep([dev]) if row["uar"] >= deepest - 0.05}
-    assert costs[threshold] == min(costs.values())
-    assert all(clip.split == "dev" for clip in dev.clips)
-    assert sdser.MultiExitSER.from_pretrained(tmp_path / "run").threshold == threshold
+@pytest.mark.parametrize("tolerance", ["0", "0.05", "1"])
+def test_calibration_takes_the_lowest_threshold_within_tolerance(runs, tolerance):
+    folds = [str(runs / "fold1"), str(runs / "fold2")]
+    for fold, threshold in zip(folds, call(*folds, "--tolerance", tolerance)["thresholds"], strict=True):
+        dev, within = evaluate.load_and_score([fold], "dev", None, "cpu"), []
+        deepest = sdser.unweighted_average_recall(dev.targets, dev.logits[-1].argmax(-1), 2)
+        for step in range(101):
+            answers = evaluate.early_predictions(dev.logits, step / 100)
+            if sdser.unweighted_average_recall(dev.targets, answers, 2) >= deepest - float(tolerance):
+                within.append(step / 100)
+        assert threshold == within[0] == sdser.MultiExitSER.from_pretrained(fold).threshold
+        assert {clip.split for clip in dev.clips} == {"dev"}
 
 
-def test_dev_clips_that_were_trained_on_calibrate_nothing(corpus, tmp_path, capsys):
-    train.main(["--data", str(corpus), "--epochs", "1", "--final", "--out", str(tmp_path)])
-    out = report(capsys, tmp_path, "--json", tmp_path / "a.json")
-    assert "early exit is not calibrated" in out.err and "--final trains on them" in out.err
-    assert "chosen" not in json.loads((tmp_path / "a.json").read_text()) and "confusions of exit 4" in out.out
-    assert sdser.MultiExitSER.from_pretrained(tmp_path).threshold is None
-    assert "was trained on 24 of these clips" in refused(capsys, tmp_path, "--data", corpus)
+def test_early_exits_row_is_what_the_model_does(runs, monkeypatch):
+    scored = evaluate.load_and_score([str(runs / "fold1")], "test", None, "cpu")
+    certain = np.sort(scored.logits[0].softmax(-1).amax(-1).numpy())
+    threshold = float(certain[5:7].mean())  # half of the 12 clips leave at exit 1
+    monkeypatch.setattr(evaluate, "THRESHOLDS", np.array([threshold]))
+    results = call(runs / "fold1")
+    model, right, left, macs = sdser.MultiExitSER.from_pretrained(runs / "fold1"), 0, [], 0
+    seconds = np.mean([soundfile.info(clip.path).duration for clip in scored.clips])
+    for clip in scored.clips:
+        logits, exit = model.early_exit(sdser.load_audio(clip.path)[None], None, threshold)
+        right += model.labels[logits.argmax()] == clip.label
+        left.append(exit.item())
+        macs += evaluate.count_macs(model, round(16_000 * seconds), left[-1], heads_on_the_way=True)
+    row = results["rows"][-1]
+    assert row["exit"] == "early exit" and results["thresholds"] == [model.threshold] == [threshold]
+    assert row["accuracy"] == right / 12 and row["layers"] == results["mean_layers"] == np.mean(left)
+    assert results["exit_share"] == {str(k): left.count(k) / 12 for k in (1, 2, 4)} and left.count(1) == 6
+    assert row["macs_per_second"] == pytest.approx(macs / 12 / seconds)
 
 
-def test_adaptive_run_is_what_the_logits_say(runs):
-    args = evaluate.parse_args([str(runs / "fold1"), "--batch-size", "5"])
-    [run], _ = evaluate.load_and_score(args.checkpoints, args)
-    threshold = run.logits[0].softmax(-1).amax(-1).median().item() + 1e-4
-    left, predictions = evaluate.run_adaptive(run, threshold, args)
-    assert len(set(left)) > 1
-    assert left.tolist() == evaluate.exit_index(run.logits, threshold).tolist()
-    assert predictions.tolist() == run.predictions[left, np.arange(len(left))].tolist()
+def test_without_dev_clips_there_is_no_early_exit(runs, capsys):
+    """As after --final. And a disk that is full then leaves the earlier JSON, and nothing beside it."""
+    split = runs / "fold1" / "split.csv"
+    split.write_text(split.read_text().replace(",dev", ",train"))
+    with pytest.warns(UserWarning):
+        results = call(runs / "fold1")
+    assert [row["exit"] for row in results["rows"]] == [1, 2, 4, "fusion"] and results["thresholds"] == []
+    assert sdser.MultiExitSER.from_pretrained(runs / "fold1").threshold is None
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # bytes of a file
+        with pytest.warns(UserWarning):
+            assert "results.json" in refused(
+                capsys, runs / "fold1", "--against", runs / "other", "--json", "results.json"
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert json.loads(Path("results.json").read_text()) == results and not list(Path().rglob(".*.tmp"))
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_scores_equal_the_training_runs(runs, capsys, tmp_path):
-    out = report(capsys, runs / "fold1", "--json", tmp_path / "results.json")
-    results = json.loads((tmp_path / "results.json").read_text())
-    trained = json.loads((runs / "fold1" / "results.json").read_text())
-    for row, expected in zip([*results["test"]["exits"], results["test"]["fusion"]],
-                             [*trained["test"]["exits"], trained["test"]["fusion"]]):  # fmt: skip
-        assert expected.items() <= (row if "exit" in expected else {**row, "exit": None}).items()
+def test_scores_equal_the_training_runs(runs):
+    results, training = call(runs / "fold1"), json.loads((runs / "fold1" / "results.json").read_text())["test"]
+    assert (results["split"], results["clips"], results["speakers"], results["chance"]) == ("test", 12, 2, 0.5)
+    *rows, early = results["rows"]
+    for row, expected in zip(rows, [*training["exits"], {"exit": "fusion", **training["fusion"]}], strict=True):
+        assert expected.items() <= row.items()
+    for row in [*rows, early]:
         assert row["uar_ci95"][0] <= row["uar"] <= row["uar_ci95"][1]
-        assert row["recall"].keys() == {"anger", "sadness"} and np.sum(row["confusion"]) == 12
-    exits = results["test"]["exits"]
-    assert [row["layers"] for row in exits] == [1, 2, 4]
-    for name in ("parameters", "macs_per_second", "ms_per_clip"):
-        assert all(row[name] > 0 for row in exits)
-    assert exits[0]["macs_per_second"] < exits[1]["macs_per_second"] < exits[2]["macs_per_second"]
-    assert len(results["adaptive"]) == 101
-    assert results["adaptive"][0].keys() == {"threshold", "uar", "mean_layers", "macs_per_second", "exit_share"}
-    assert results["chosen"]["threshold"] == sdser.MultiExitSER.from_pretrained(runs / "fold1").threshold
-    for text in ("teacher", "fusion", "recall", "confusions of exit 4", "12 clips, 2 speakers", "chance is 0.500",
-                 "intervals are rough", "early exit at confidence"):  # fmt: skip
-        assert text in out.out
+        assert np.mean(list(row["recall"].values())) == pytest.approx(row["uar"]) and np.sum(row["confusion"]) == 12
+    assert [row["layers"] for row in rows] == [1, 2, 4, 2]
+    for name in ("parameters", "macs_per_second"):
+        assert 0 < rows[0][name] < rows[1][name] < rows[3][name] < rows[2][name]
 
 
-def test_folds_are_pooled(runs, capsys, tmp_path):
-    report(capsys, runs / "fold1", runs / "fold2", "--json", tmp_path / "a.json", "--exit", 2)
-    pooled = json.loads((tmp_path / "a.json").read_text())
-    assert pooled["clips"] == 24 and pooled["speakers"] == 4 and pooled["confusion_exit"] == 2
-    single = [json.loads((runs / name / "results.json").read_text())["test"]["exits"] for name in ("fold1", "fold2")]
-    for i, row in enumerate(pooled["test"]["exits"]):
-        assert row["accuracy"] == pytest.approx(np.mean([rows[i]["accuracy"] for rows in single]))
+def test_folds_are_pooled(runs, monkeypatch):
+    pooled = call(runs / "fold1", runs / "fold2")
+    one, two = call(runs / "fold1"), call(runs / "fold2")
+    assert (pooled["clips"], pooled["speakers"]) == (24, 4)
+    assert pooled["thresholds"] == one["thresholds"] + two["thresholds"]
+    for row, first, second in zip(pooled["rows"], one["rows"], two["rows"], strict=True):
+        assert np.array_equal(row["confusion"], np.add(first["confusion"], second["confusion"]))
+    monkeypatch.setattr(evaluate, "calibrate", lambda *_: [0.0, 1.0])  # each fold stops at its own threshold
+    assert call(runs / "fold1", runs / "fold2")["exit_share"] == {"1": 0.5, "2": 0, "4": 0.5}
 
 
-def test_against(runs, capsys, tmp_path):
-    out = report(capsys, runs / "fold1", "--against", runs / "fold1", "--json", tmp_path / "a.json")
-    assert "difference in UAR" in out.out
-    for row in json.loads((tmp_path / "a.json").read_text())["against"]:
-        assert row["difference"] == 0 and row["ci95"] == [0, 0]
-    report(capsys, runs / "fold1", "--against", runs / "other", "--json", tmp_path / "a.json")
-    assert len(json.loads((tmp_path / "a.json").read_text())["against"]) == 4
-    assert "scored on one side alone" in refused(capsys, runs / "fold1", "--against", runs / "fold2")
-
-
-def test_against_shallower_models(runs, capsys, tmp_path):
-    """An exit does not differ from the same exit cut out, and costs the same."""
-    for exit in (1, 2):
-        sdser.MultiExitSER.from_pretrained(runs / "fold1").truncate(exit).save_pretrained(tmp_path / f"alone{exit}")
-        shutil.copy(runs / "fold1" / "split.csv", tmp_path / f"alone{exit}")
-    against = ["--against", tmp_path / "alone1", "--against", tmp_path / "alone2"]
-    out = report(capsys, runs / "fold1", *against, "--json", tmp_path / "a.json")
-    assert out.out.count("difference in UAR") == 2
-    results = json.loads((tmp_path / "a.json").read_text())
-    assert [row["exit"] for row in results["against"]] == [1, 2]
-    for row, own in zip(results["against"], results["test"]["exits"]):
-        assert row["difference"] == 0 and row["ci95"] == [0, 0]
-        assert [row["against_uar"], row["against_uar_ci95"], row["against_macs_per_second"]] == [
-            own["uar"], own["uar_ci95"], own["macs_per_second"]
-        ]  # fmt: skip
-    assert "alone2 has no exit of [1], only [2]" in refused(
-        capsys, tmp_path / "alone1", "--against", tmp_path / "alone2"
-    )
-
-
-def test_json_on_standard_output_is_json_alone(runs, capsys):
-    assert json.loads(report(capsys, runs / "fold1", "--json", "-").out)["labels"] == ["anger", "sadness"]
-
-
-def test_other_corpora_are_matched_by_label(runs, corpus, capsys, tmp_path):
-    lines = [f"{corpus.parent}/{line}" for line in corpus.read_text().splitlines()[1:]]
-    mine = [f"{line}-elsewhere" for line in lines[:12]]
-    foreign = tmp_path / "foreign.csv"
-    foreign.write_text("\n".join(["path,label,speaker", *mine]))
-    shutil.copytree(corpus.parent, tmp_path / "copy")
-    foreign.write_text(foreign.read_text().replace(str(corpus.parent), str(tmp_path / "copy")))
-    out = report(capsys, runs / "fold1", "--data", foreign, "--json", tmp_path / "a.json").out
-    results = json.loads((tmp_path / "a.json").read_text())
-    assert results["clips"] == 12 and "all" in results and "12 clips" in out
-    foreign.write_text(foreign.read_text().replace("sadness,", "grief,"))
-    message = refused(capsys, runs / "fold1", "--data", foreign)
-    assert "does not know (grief; it knows anger, sadness); --common-labels leaves them out" in message
-    out = report(capsys, runs / "fold1", "--data", foreign, "--common-labels", "--json", tmp_path / "a.json")
-    assert "left out 6 of 12 clips, labelled grief" in out.err
-    results = json.loads((tmp_path / "a.json").read_text())
-    assert results["all"]["fusion"]["recall"]["sadness"] is None
-
-
-def test_training_clips_are_not_scored_by_mistake(runs, corpus, capsys, tmp_path):
-    assert "was trained on 12 of these clips" in refused(capsys, runs / "fold1", "--data", corpus)
-    shutil.copytree(corpus.parent, tmp_path / "moved")
-    assert "was trained on 12" in refused(capsys, runs / "fold1", "--data", tmp_path / "moved" / "all.csv")
-
-
-def test_own_training_clips_are_scored_on_request_with_a_warning(runs, capsys, tmp_path):
-    with pytest.warns(UserWarning, match="was trained on clips of the split all"):
-        report(capsys, runs / "fold1", "--split", "all", "--json", tmp_path / "a.json")
-    assert json.loads((tmp_path / "a.json").read_text())["clips"] == 36
-
-
-def test_speakers_unknown(runs, corpus, capsys, tmp_path):
-    rows = corpus.read_text().splitlines()[1:]
-    shutil.copytree(corpus.parent, tmp_path / "copy")
-    anonymous = tmp_path / "copy" / "anonymous.csv"
-    anonymous.write_text("\n".join(["path,label", *(row.rpartition(",")[0] for row in rows)]))
-    assert (
-        "speakers unknown, so the intervals are over clips" in report(capsys, runs / "fold1", "--data", anonymous).out
-    )
-
-
-def test_audio(runs, corpus, capsys, tmp_path):
-    clips = [clip.path for clip in train.load_corpus(corpus)][:2]
-    out = report_status(capsys, runs / "fold1", "--audio", *clips, "--exit", 2)
-    assert out[0] == 0 and [line.split("  ")[0] for line in out[1].splitlines()] == clips and "exit 2" in out[1]
-    status, printed, errors = report_status(
-        capsys, runs / "fold1", "--audio", clips[0], "gone.wav", clips[1], "--json", "-"
-    )
-    rows = [json.loads(line) for line in printed.splitlines()]
-    assert status == 2 and [row["path"] for row in rows] == clips and "gone.wav: no such file" in errors
-    assert rows[0].keys() == {"path", "label", "confidence", "probabilities", "exit", "milliseconds"}
-    shutil.copytree(runs / "fold1", tmp_path / "run")
-    model = sdser.MultiExitSER.from_pretrained(tmp_path / "run")
-    model.threshold = 0.0
-    model.save_pretrained(tmp_path / "run")
-    for flags in ([], ["--threshold", "auto"], ["--threshold", 0]):
-        assert "exit 1 " in report_status(capsys, tmp_path / "run", "--audio", clips[0], *flags)[1]
-    assert "exit 4 " in report_status(capsys, tmp_path / "run", "--audio", clips[0], "--threshold", 1)[1]
-
-
-def report_status(capsys, *flags):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        evaluate.main(list(map(str, flags)))
-    return end.value.code, *capsys.readouterr()
-
-
-def test_plots(runs, capsys, tmp_path):
+def test_against_and_plots(runs, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    report(capsys, runs / "fold1", "--against", runs / "other", "--plot", tmp_path / "plots")
-    files = sorted(path.name for path in (tmp_path / "plots").iterdir())
-    assert files == ["confusion.png", "recall.png", "uar_against_cost.png"]
-    assert all((tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG") for name in files)
+    alone = runs / "alone"  # an exit does not differ from the same exit cut out
+    sdser.MultiExitSER.from_pretrained(runs / "fold1").truncate(2).save_pretrained(alone)
+    shutil.copy(runs / "fold1" / "split.csv", alone)
+    results = call(runs / "fold1", "--against", alone, "--plot", "plots")
+    [row], own = results["against"], results["rows"][1]
+    assert (row["exit"], row["difference"], row["ci95"]) == (2, 0, [0, 0])
+    assert (row["against_uar"], row["against_uar_ci95"]) == (own["uar"], own["uar_ci95"])
+    files = sorted(Path("plots").iterdir())
+    assert [file.name for file in files] == ["confusion.png", "uar_against_cost.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+    refused(capsys, runs / "fold1", "--against", runs / "fold2")  # other clips
+    assert str(alone) in refused(capsys, runs / "fold1", alone)  # not of one kind
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "matplotlib" in refused(capsys, "no-checkpoint", "--plot", "plots")
 
 
-def test_plots_without_matplotlib(runs, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    assert "pip install matplotlib" in refused(capsys, runs / "fold1", "--plot", "plots")
+def test_another_corpus(runs, capsys):
+    rng, rows = np.random.default_rng(0), ["path,label"]
+    for i, label in enumerate(["anger", "sadness"] * 3):
+        soundfile.write(f"{i}.wav", rng.normal(size=8000), 16_000)
+        rows.append(f"{i}.wav,{label}")
+    Path("new.csv").write_text("\n".join(rows))
+    results = call(runs / "fold1", "--data", "new.csv", "--against", runs / "other")
+    assert (results["split"], results["clips"], results["speakers"]) == ("all", 6, None)
+    assert len(set(evaluate.speakers_or_clips(train.load_corpus("new.csv")))) == 6  # clips are drawn
+    Path("new.csv").write_text("\n".join(rows).replace("sadness", "grief"))
+    assert "grief" in refused(capsys, runs / "fold1", "--data", "new.csv")
+
+
+def test_training_clips_are_refused(runs, corpus, capsys, tmp_path):
+    for source in (corpus, shutil.copytree(corpus.parent, tmp_path / "moved") / "all.csv"):
+        assert str(source) in refused(capsys, runs / "fold1", "--data", source)
+
+
+def test_audio(runs, corpus, capsys):
+    run, clips = runs / "fold1", [clip.path for clip in train.load_corpus(corpus)][:2]
+    assert "gone.wav" in refused(capsys, run, "--audio", clips[0], "gone.wav", clips[1], "--json", "a.json")
+    model = sdser.MultiExitSER.from_pretrained(run)
+    for path, row, wanted in zip(clips, json.loads(Path("a.json").read_text()), model.classify(clips), strict=True):
+        assert (row["path"], row["label"], row["exit"]) == (path, wanted.label, 4)
+        assert row["probabilities"] == pytest.approx(wanted.probabilities, abs=1e-6)
+    model.threshold = 0.0
+    model.save_pretrained(run)
+    for flags, exit in ([], 1), (["--threshold", "1"], 4), (["--exit", "2"], 2):
+        with pytest.raises(SystemExit) as end:
+            call(run, "--audio", clips[0], *flags)
+        assert end.value.code == 0 and json.loads(Path("results.json").read_text())[0]["exit"] == exit
+
+
+@pytest.mark.parametrize(("error", "status"), [(BrokenPipeError(32, "Broken pipe"), 2), (KeyboardInterrupt(), 130)])
+def test_json_is_written_before_anything_is_printed(runs, monkeypatch, capsys, error, status):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(evaluate, "report", fail)
+    with pytest.raises(SystemExit) as end:
+        call(runs / "fold1")
+    assert end.value.code == status and capsys.readouterr().out == ""
+    assert len(json.loads(Path("results.json").read_text())["rows"]) == 5
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "named"),
     [
-        (["--exit", 3], "exit 3: the model has exits 1, 2, 4"),
-        (["--threshold", 0.5], "--threshold goes with --audio"),
-        (["--audio", "x.wav", "--threshold", "high"], "give a number from 0 to 1, or auto"),
-        (["--audio", "x.wav", "--plot", "plots"], "without --against, --data, --split and --plot"),
-        (["--audio", "x.wav", "--threshold", 2], "give a probability from 0 to 1"),
-        (["--audio", "x.wav", "--against", "y"], "--audio goes with one checkpoint"),
-        (["--tolerance", -1], "--tolerance: -1 is not a share from 0 to 1"),
-        (["--data", "nowhere"], "nowhere: no such folder or manifest"),
-        (["--against", "nowhere"], "nowhere: no such folder"),
-        (["--device", "cuda:7"], "--device cuda:7: cannot be used here"),
-        (["--workers", -1], "--workers: -1 is not a whole number of at least 0"),
-        (["--batch-size", 0], "--batch-size: 0 is not a whole number above 0"),
-        (["--json", "/nonexistent/a.json"], "/nonexistent/a.json: cannot be written (No such file or directory)"),
-        (["--audio", "x.wav", "--json", "/nonexistent/a.json"], "/nonexistent/a.json: cannot be written"),
-        (["--plot", __file__], "cannot be made a folder"),
+        ([], "no-checkpoint"),
+        (["--json", "/nonexistent/a.json"], "/nonexistent/a.json"),
+        (["--audio", "x.wav", "--json", "/nonexistent/a.json"], "/nonexistent/a.json"),
+        (["--plot", f"{__file__}/a"], f"{__file__}/a"),
+        (["--device", "cuda:77"], "--device"),
+        (["--threshold", "0.5"], "--threshold"),
     ],
 )
-def test_wrong_flags(runs, capsys, flags, message):
-    assert message in refused(capsys, runs / "fold1", *flags)
-
-
-@pytest.mark.parametrize(
-    ("script", "flags"),
-    [
-        (evaluate, ["--json", "/nonexistent/a"]),
-        (evaluate, ["--audio", "x.wav", "--json", "/nonexistent/a"]),
-        (evaluate, ["--plot", f"{__file__}/a"]),
-        (benchmark_edge, ["--json", "/nonexistent/a"]),
-        (benchmark_edge, ["--plot", "/nonexistent/a"]),
-        (benchmark_edge, ["--export", "/nonexistent/a.onnx"]),
-        (benchmark_edge, ["--export", f"{__file__}/a"]),
-        (train, ["--data", "nowhere", "--out", f"{__file__}/a"]),
-    ],
-)
-def test_places_are_tried_before_any_work(capsys, script, flags):
-    """Even before the checkpoint, or the data, which are not there."""
-    with pytest.raises(SystemExit) as end:
-        script.main([*([] if script is train else ["no-checkpoint"]), *flags])
-    assert end.value.code == 2
-    assert re.fullmatch(rf"error: {flags[-1]}: cannot be (written|made a folder) .*\n", capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("name", ["config.json", "split.csv", "results.json", "model.safetensors"])
-def test_files_of_a_run_are_not_replaced_by_reports(runs, capsys, name):
-    before = (runs / "fold1" / name).read_bytes()
-    assert "is a file of the model in that folder" in refused(capsys, runs / "fold1", "--json", runs / "fold1" / name)
-    assert (runs / "fold1" / name).read_bytes() == before
-
-
-def test_an_export_does_not_replace_a_model(runs, capsys):
-    before = (runs / "fold1" / "model.safetensors").read_bytes()
-    with pytest.raises(SystemExit) as end:
-        benchmark_edge.main([str(runs / "fold1"), "--export", str(runs / "fold1"), "--exit", "1"])
-    assert end.value.code == 2 and "holds a model already" in capsys.readouterr().err
-    assert (runs / "fold1" / "model.safetensors").read_bytes() == before
-
-
-def test_a_threshold_that_is_not_kept_is_not_said_to_be(runs, tmp_path, capsys):
-    shutil.copytree(runs / "fold1", tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "config.json").read_text()) | {"threshold": None}
-    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "run" / ".config.json.tmp").mkdir()  # so that nothing can be written beside it
-    with pytest.warns(UserWarning, match="the threshold is not kept"):
-        printed = report(capsys, tmp_path / "run").out
-    assert "early exit at confidence" in printed and "kept in config.json" not in printed
-    (tmp_path / "run" / ".config.json.tmp").rmdir()
-    assert "kept in config.json" in report(capsys, tmp_path / "run").out
-
-
-def test_what_a_script_writes_is_whole_or_not_there(runs, tmp_path, capsys):
-    """A file that cannot grow: one sentence, the earlier file in place, and nothing beside it."""
-    (tmp_path / "a.json").write_text("earlier")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-        error = refused(capsys, runs / "fold1", "--json", tmp_path / "a.json")
-        capsys.readouterr()
-        with pytest.warns(UserWarning, match="the threshold is not kept: .*config.json: cannot be written"):
-            evaluate.main([str(runs / "fold1")])
-        with (
-            pytest.raises(ValueError, match=r"plot\.png: cannot be written"),
-            sdser.replacing(tmp_path / "plot.png") as file,
-        ):
-            file.write(bytes(1000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert (
-        error == f"error: {tmp_path / 'a.json'}: cannot be written (File too large); make room, or name another place"
-    )
-    assert (tmp_path / "a.json").read_text() == "earlier" and len(list(tmp_path.iterdir())) == 1
-    assert not list((runs / "fold1").glob("*.tmp"))
-
-
-def test_a_model_of_synthetic_voices_says_so_of_other_files(tmp_path, capsys, monkeypatch, wav):
-    monkeypatch.setattr(train, "make_synthetic", partial(train.make_synthetic, clips=1))
-    train.main(["--epochs", "1", "--out", str(tmp_path / "run")])
-    voice = next(Path(train.make_synthetic()).iterdir())
-    mine = wav(0.1 * np.random.default_rng(0).normal(size=8000))
-    note = f"note: {tmp_path / 'run'} was trained on synthetic voices; its answer to {mine} means nothing"
-    assert report_status(capsys, tmp_path / "run", "--audio", voice)[2] == ""
-    assert report_status(capsys, tmp_path / "run", "--audio", voice, mine, mine)[2].count(note) == 1
-
-
-def test_files_are_read_as_they_are_needed(corpus, monkeypatch):
-    """Memory does not grow with the corpus: reading the first batch reads no other."""
-    read, load_audio = [], sdser.load_audio
-    monkeypatch.setattr(sdser, "load_audio", lambda path, *args: read.append(path) or load_audio(path, *args))
-    clips = train.load_corpus(corpus)
-    batches = train.file_batches([clip.path for clip in clips], [1.0] * len(clips), batch_size=4)
-    indices, waveforms, lengths = next(batches)
-    assert len(read) == len(indices) == len(waveforms) == len(lengths) == 4
-    assert Counter(read).most_common(1)[0][1] == 1
+def test_what_is_refused_before_any_work(capsys, flags, named):
+    """Even before the checkpoint, which is not there."""
+    assert named in refused(capsys, "no-checkpoint", *flags)

@@ -49,6 +49,7 @@ def test_loss_is_the_equation(alpha, beta, t):
     assert loss.item() == pytest.approx(cross_entropy(TEACHER_LOGITS) + ce + alpha * kl + beta * hints, rel=1e-5)
     expected = dict(ce=cross_entropy(TEACHER_LOGITS), ce_students=ce, kl=kl if alpha else 0, hint=hints if beta else 0)
     assert parts == pytest.approx(expected, rel=1e-5)
+    assert all(part.shape == () and not part.requires_grad for part in parts.values())
 
 
 def test_teacher_learns_from_its_labels_alone_unless_asked():
@@ -101,5 +102,5 @@ def test_uar_by_hand():
 
 @pytest.mark.parametrize(("targets", "predictions"), [([0, 1], [3, 1]), ([0, -1], [0, 1]), ([], [])])
 def test_class_indices_out_of_range_are_refused(targets, predictions):
-    with pytest.raises(ValueError, match="all from 0 to 2"):
+    with pytest.raises(ValueError):
         sdser.unweighted_average_recall(targets, predictions, 3)
