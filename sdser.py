@@ -41,6 +41,7 @@ SAMPLE_RATE = 16_000
 MAX_SECONDS = 60  # of a clip to classify: attention's memory grows with the square of the length
 MIN_SAMPLES = 400  # one frame of the convolutional encoder, 25 ms
 HEADS = ("gru", "lstm", "attention", "mean")
+HUB = dict(library_name="sdser", paper_url="https://arxiv.org/abs/2210.14636", pipeline_tag="audio-classification")
 ARGUMENTS = ("labels", "backbone", "exits", "head", "tile_seconds", "threshold")  # of MultiExitSER, and config.json
 
 # -- the exits ---------------------------------------------------------------------------------------------------------
@@ -52,8 +53,6 @@ class ExitHead(nn.Module):
     gru, lstm    one-layer recurrent network (zero initial state) -> LayerNorm -> SELU -> mean over frames; the paper's
     attention    weighted mean over frames, the weights learned
     mean         mean over frames; the paper's at the deepest exit
-
-    No activation stands between the two linear layers, as in the paper.
     """
 
     def __init__(self, kind: str, width: int, num_classes: int):
@@ -76,13 +75,15 @@ class ExitHead(nn.Module):
         if self.kind in ("gru", "lstm"):
             # padding comes after the clip, so what runs forward in time never sees it
             hidden = F.selu(self.norm(self.rnn(hidden)[0]))  # (B, T, D)
-        if valid is None:
-            valid = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
-        # a plain mean is attention with equal scores
-        score = self.score(hidden).squeeze(-1) if self.kind == "attention" else hidden.new_zeros(valid.shape)
-        weights = score.masked_fill(~valid, -torch.inf).softmax(-1)  # (B, T)
-        embedding = torch.einsum("bt,btd->bd", weights, hidden)
-        return self.classifier(self.projector(embedding)), embedding
+        if self.kind == "attention":
+            score = self.score(hidden).squeeze(-1)  # (B, T)
+            score = score if valid is None else score.masked_fill(~valid, -torch.inf)
+            embedding = torch.einsum("bt,btd->bd", score.softmax(-1), hidden)
+        elif valid is None:
+            embedding = hidden.mean(1)
+        else:
+            embedding = torch.where(valid[..., None], hidden, 0).sum(1) / valid.sum(1, keepdim=True)
+        return self.classifier(self.projector(embedding)), embedding  # no activation in between, as in the paper
 
 
 class ExitOutput(NamedTuple):
@@ -174,13 +175,7 @@ class Frames(NamedTuple):
 #   encoder.layer_norm              before layer 1 (post-LN, do_stable_layer_norm false) or after the last (pre-LN)
 
 
-class MultiExitSER(
-    nn.Module,
-    PyTorchModelHubMixin,
-    library_name="sdser",
-    paper_url="https://arxiv.org/abs/2210.14636",
-    pipeline_tag="audio-classification",
-):
+class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
     """A speech transformer with a classifier at several depths.
 
     A new model is in training mode, one that `from_pretrained` loads in evaluation mode.
@@ -216,7 +211,6 @@ class MultiExitSER(
         self.check_arguments(labels, exits, head, tile_seconds, config.num_hidden_layers)
         self.labels, self.exits, self.head_kinds = list(labels), list(exits), list(head)
         self.tile_seconds, self.threshold = tile_seconds, threshold
-
         config.num_hidden_layers = exits[-1]
         self.backbone = load_backbone(backbone, config)
         self.heads = nn.ModuleDict()
@@ -233,7 +227,7 @@ class MultiExitSER(
             lengths: (B,) int64, valid samples of each clip; None if all T are.
             exit: one exit; None for all.
         Returns:
-            One ExitOutput per exit, shallow to deep.
+            one ExitOutput per exit, shallow to deep.
         Raises:
             ValueError: shapes that do not fit, a clip shorter than one frame, an exit that the model lacks.
         """
@@ -318,7 +312,7 @@ class MultiExitSER(
         Returns:
             logits (B, C) and the exit (B,) int64 that gave them.
         Raises:
-            ValueError: in training mode, another threshold, and as `forward` does.
+            ValueError: as `forward` does, in training mode, and for another threshold.
         """
         self.check_early_exit(threshold)
         frames = self.embed_frames(waveforms, lengths)
