@@ -61,7 +61,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 class Scored(NamedTuple):
     """N clips, pooled over runs of one kind, and what each clip's own run answered."""
 
-    model: sdser.MultiExitSER  # the first run's: labels, exits and costs are the same for all
+    model: sdser.MultiExitSER  # of one run: labels, exits and costs are the same for all
     clips: list[train.Clip]
     run: np.ndarray  # (N,) the index of each clip's checkpoint
     logits: torch.Tensor  # (exits, N, C)
@@ -73,35 +73,40 @@ class Scored(NamedTuple):
 
 def load_and_score(checkpoints: list[str], split: str | None, source: str | None, device: str) -> Scored:
     """Every run on its own clips of a split, or on those of another corpus; ValueError if they are not of one kind."""
-    models, clips, run, logits = [], [], [], []
+    kinds, clips, run, logits = [], [], [], []
     for i, checkpoint in enumerate(checkpoints):
         model = sdser.MultiExitSER.from_pretrained(checkpoint).to(device)
-        if models and (model.labels, model.exits) != (models[0].labels, models[0].exits):
-            raise ValueError(f"{checkpoint}: has other labels or exits than {checkpoints[0]}; pool runs of one kind")
+        kind = (model.labels, model.exits, model.head_kinds, model.tile_seconds)
+        if kinds and kind not in kinds:
+            raise ValueError(f"{checkpoint}: has other labels, exits, heads or windows than {checkpoints[0]}; "
+                             "pool runs of one kind")  # fmt: skip
         own = train.look_at(choose_clips(checkpoint, split, source))
         for clip in own:
             if clip.label not in model.labels:
                 raise ValueError(f"{clip.path}: is labelled {clip.label}, which {checkpoint} does not know (it knows "
                                  f"{', '.join(model.labels)}); leave such clips out by a manifest")  # fmt: skip
-        models.append(model)
+        kinds.append(kind)
         clips += own
         run += [i] * len(own)
         logits.append(train.predict(model, own))
-    return Scored(models[0], clips, np.array(run), torch.cat(logits, 1))
+    return Scored(model, clips, np.array(run), torch.cat(logits, 1))
 
 
 def choose_clips(checkpoint: str, split: str | None, source: str | None) -> list[train.Clip]:
-    """The clips that train.py listed in split.csv, or those of another corpus; of one split, where they have splits."""
+    """The run's own clips, as split.csv lists them or as they lie in `source`, or else those of another corpus.
+
+    Where they have splits, those of one split: clips that were trained on are never scored by mistake.
+    """
     listed = os.path.join(checkpoint, "split.csv")
     if source is None and not os.path.isfile(listed):
         raise FileNotFoundError(f"{checkpoint}: holds no split.csv, so its clips are unknown; name a corpus by --data")
     clips = train.load_corpus(listed if source is None else source)
     if source is not None and os.path.isfile(listed):
-        trained = {(Path(clip.path).stem, clip.speaker) for clip in train.load_corpus(listed) if clip.split == "train"}
-        seen = [clip for clip in clips if (Path(clip.path).stem, clip.speaker) in trained]
-        if seen:
-            raise ValueError(f"{source}: {checkpoint} was trained on {len(seen)} of these clips, {seen[0].path} for "
-                             "one; leave --data out to score the run's own test clips")  # fmt: skip
+        own = train.find_again(train.load_corpus(listed), clips)
+        if own and len(own) < len(clips):
+            warnings.warn(f"{source}: {len(own)} of its {len(clips)} clips are those of {checkpoint}, and the others "
+                          "are not scored", stacklevel=2)  # fmt: skip
+        clips = own or clips
     if split is None and any(clip.split for clip in clips):
         split = "test"
     if split:
@@ -199,7 +204,10 @@ def calibrate(checkpoints: list[str], args) -> list[float]:
         chosen.append(threshold)
         if train.RANK == 0:
             path = Path(checkpoint, "config.json")
-            train.write_text(path, json.dumps({**json.loads(path.read_text()), "threshold": threshold}, indent=2))
+            try:
+                train.write_text(path, json.dumps({**json.loads(path.read_text()), "threshold": threshold}, indent=2))
+            except ValueError as error:
+                warnings.warn(f"the threshold is not kept: {error}", stacklevel=2)
     return chosen
 
 
@@ -221,7 +229,8 @@ def count_macs(model: sdser.MultiExitSER, samples: int, exit: int, heads_on_the_
     model.eval()
     # torch's counter sees neither fused attention nor oneDNN's convolutions and recurrent networks
     plain = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), plain:
+    cudnn = torch.backends.cudnn.flags(enabled=False)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), plain, cudnn:
         frames = model.embed_frames(torch.zeros(1, samples, device=model.backbone.device))
         for start, k in zip([0, *exits], exits):
             frames = model.run_layers(frames, start, k)

@@ -17,6 +17,7 @@ Shapes: B clips, T samples or frames, D features, C classes. Waveforms are float
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -39,6 +40,8 @@ from transformers.utils import cached_file
 
 SAMPLE_RATE = 16_000
 MAX_SECONDS = 60  # of a clip to classify: attention's memory grows with the square of the length
+TOLERANCE = 0.01  # seconds by which a header may promise more audio than there is
+CLIPS = "a path, a file object, a 1-D array of floats"  # what can be classified
 MIN_SAMPLES = 400  # one frame of the convolutional encoder, 25 ms
 HEADS = ("gru", "lstm", "attention", "mean")
 HUB = dict(library_name="sdser", paper_url="https://arxiv.org/abs/2210.14636", pipeline_tag="audio-classification")
@@ -102,6 +105,7 @@ def self_distillation_loss(
     hint_weight: float = 1.0,
     temperature: float = 1.0,
     detach_teacher: bool = True,
+    class_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The paper's loss: every exit learns the labels, and each shallow one what the deepest knows.
 
@@ -117,6 +121,7 @@ def self_distillation_loss(
         temperature: T softens both distributions; T² keeps the term's gradients about as large for any T.
         detach_teacher: no gradient of the KL and hint terms flows through the teacher's outputs (Zhang et al., 2019);
             they still shape the layers that it shares with the students.
+        class_weights: (C,) float, of the classes' cross-entropies at all exits; None: all are 1.
     Returns:
         the loss, a scalar, and its parts by name, detached scalars, unweighted and averaged over students: ce (the
         teacher's), ce_students, kl, hint.
@@ -126,10 +131,13 @@ def self_distillation_loss(
     if detach_teacher:  # the gradient of KL and hint stops here
         teacher_logits, teacher_embedding = teacher_logits.detach(), teacher_embedding.detach()
 
-    ce = F.cross_entropy(teacher.logits, targets)  # CE(z_d, y)
+    def cross_entropy(logits):  # divided by B, whatever the weights, so that batches add up
+        return F.cross_entropy(logits, targets, class_weights, reduction="none").mean()
+
+    ce = cross_entropy(teacher.logits)  # CE(z_d, y)
     ce_students = kl = hint = torch.zeros_like(ce.detach())
     for student in students:
-        ce_students = ce_students + F.cross_entropy(student.logits, targets) / len(students)  # CE(z_k, y)
+        ce_students = ce_students + cross_entropy(student.logits) / len(students)  # CE(z_k, y)
         if kl_weight:  # T² KL(softmax(z_d/T) ‖ softmax(z_k/T))
             log_p_student = F.log_softmax(student.logits / temperature, -1)
             log_p_teacher = F.log_softmax(teacher_logits / temperature, -1)
@@ -332,13 +340,16 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
     # -- answers, smaller models, files ---------------------------------------------------------------------------
 
     @torch.no_grad()
-    def classify(self, clips, exit: int | None = None, threshold: float | str | None = None) -> "list[Prediction]":
+    def classify(
+        self, clips, exit: int | None = None, threshold: float | str | None = None, sample_rate: int = SAMPLE_RATE
+    ) -> "list[Prediction]":
         """Classifies files or waveforms, one at a time, in evaluation mode; the model's own mode is then restored.
 
         Args:
-            clips: paths or waveforms (T,) float at 16 kHz, of up to 60 s; or one of them alone.
+            clips: paths, file objects or waveforms (T,) float, of up to 60 s; or one of them alone.
             exit: run to this exit and no further. Default: the deepest.
             threshold: stop each clip at the first exit this certain (0 to 1); "auto": the calibrated value.
+            sample_rate: of the waveforms; a file tells its own.
         Raises:
             ValueError, FileNotFoundError: naming the clip that cannot be read or is too short or long, or the argument.
         """
@@ -349,13 +360,13 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
             if threshold is None:
                 raise ValueError('threshold "auto": this model has not been calibrated; give a number from 0 to 1')
         exit = self.exits[-1] if exit is None else self.check_exit(exit)
-        alone = isinstance(clips, str | os.PathLike) or getattr(clips, "ndim", None) == 1  # a list has no ndim
+        alone = isinstance(clips, str | os.PathLike | dict | tuple) or hasattr(clips, "read") or hasattr(clips, "ndim")
         training, device = self.training, self.backbone.device
         self.eval()
         predictions = []
         try:
             for clip in [clips] if alone else clips:
-                waveform = read_clip(clip, self.tile_seconds).to(device)[None]  # (1, T)
+                waveform = read_clip(clip, self.tile_seconds, sample_rate).to(device)[None]  # (1, T)
                 start = time.perf_counter()
                 if threshold is None:
                     logits, used = self(waveform, exit=exit)[0].logits, exit
@@ -628,11 +639,12 @@ def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig) -
 # -- audio ------------------------------------------------------------------------------------------------------------
 
 
-def load_audio(path, start: float = 0.0, seconds: float | None = None) -> Tensor:
-    """Reads a file, or a part of it, as a mono waveform at 16 kHz.
+def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor:
+    """Reads an audio file, or a part of it, as a mono waveform at 16 kHz.
 
     Args:
-        path: anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), any rate, any number of channels.
+        file: a path or a binary file object; anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), at any rate, with
+            any number of channels.
         start, seconds: the part to read, in seconds; default: from the start to the end.
     Returns:
         (T,) float32, nominally in [-1, 1].
@@ -640,38 +652,99 @@ def load_audio(path, start: float = 0.0, seconds: float | None = None) -> Tensor
         FileNotFoundError: no such file.
         ValueError: not audio, cut short, empty, shorter than one frame, or with NaN or infinite samples.
     """
-    with open_audio(path) as file:
-        rate, size = file.samplerate, file.frames
+    with open_audio(file) as (name, sound, length):
+        rate, first = sound.samplerate, round(start * sound.samplerate)
+        size = math.inf if length is None else length - first
         if seconds is not None:
-            file.seek(round(start * rate))
             size = min(size, round(seconds * rate))
-        samples = file.read(size, dtype="float32", always_2d=True)  # (T, channels)
-        if len(samples) < size:
-            raise ValueError(f"{path}: cut short, {len(samples)} of {size} samples are there; replace the file")
+        if sound.seekable():
+            sound.seek(first)
+            samples = sound.read(size, dtype="float32", always_2d=True)  # (T, channels)
+        else:
+            samples = read_in_order(sound, first + size)[first:]
+        if length is not None and size - len(samples) > TOLERANCE * rate:
+            raise ValueError(f"{name}: cut short, {len(samples)} of {size} samples are there; replace the file")
     waveform = torch.from_numpy(samples.mean(axis=1))  # (T,)
     if rate != SAMPLE_RATE:
-        waveform = resample(path, waveform, rate)
-    check_waveform(path, waveform)
+        waveform = resample(name, waveform, rate)
+    check_waveform(name, waveform)
     return waveform
 
 
 @contextlib.contextmanager
-def open_audio(path):
-    """Opens a file whose header can be believed; what is done with it raises what `load_audio` raises."""
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    with file_errors(path, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
-        file = soundfile.SoundFile(path)
-    with file, file_errors(path, "damaged or cut short", "replace the file"):
-        # libsndfile reads a cut WAV as if it were whole and says so in its log alone. Programs that write into a pipe
-        # declare 2 GiB or more, for "unknown".
-        cut = re.search(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
-        if cut and int(cut[2]) < int(cut[1]) < 0x7FFFF000:
-            raise ValueError(f"{path}: cut short, {cut[2]} of {cut[1]} bytes of audio are there; replace the file")
-        if not 1000 <= file.samplerate <= 1_000_000:  # resampling from what no device records takes gigabytes
-            raise ValueError(f"{path}: a sample rate of {file.samplerate} Hz, beyond 1 kHz to 1 MHz, cannot be right")
-        yield file
+def open_audio(file):
+    """Yields a file's name, its `soundfile.SoundFile`, and its length in samples, None where decoding alone tells.
+
+    What is done with them raises what `load_audio` raises.
+    """
+    name = name_of(file)
+    if hasattr(file, "read"):
+        file = io.BytesIO(file.read())
+    else:
+        file = os.fspath(file)
+        if not os.path.isfile(file):
+            raise FileNotFoundError(f"{file}: is {'a folder' if os.path.isdir(file) else 'no file'}; give audio files")
+    with file_errors(name, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
+        sound = soundfile.SoundFile(file)
+    length = sound.frames
+    with file_errors(name, "damaged or cut short", "replace the file"):
+        if sound.format == "MP3":
+            content = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
+            declared = any(tag in content[: 2**16] for tag in (b"Xing", b"Info", b"VBRI"))
+            sound, length = Stream(io.BytesIO(content) if declared else Endless(content)), length if declared else None
+        with sound:
+            check_header(name, sound)
+            yield name, sound, length
+
+
+def name_of(file) -> str:
+    """As messages call a path or a file object."""
+    return str(getattr(file, "name", "the file object") if hasattr(file, "read") else file)
+
+
+class Stream(soundfile.SoundFile):
+    """An MP3, read in order: libmpg123 seeks inexactly and complains of sound files when it does."""
+
+    def seekable(self) -> bool:
+        return False
+
+
+class Endless(io.BytesIO):
+    """A file that says it is far longer than it is.
+
+    libsndfile guesses the length of an MP3 without a Xing or Info frame from the file's, and reads no further.
+    """
+
+    def tell(self) -> int:
+        position = super().tell()
+        return position + 2**40 if position == len(self.getbuffer()) else position
+
+
+def read_in_order(sound: soundfile.SoundFile, size: float) -> np.ndarray:
+    """Samples (T, channels) from the start on, `size` of them or all there are."""
+    blocks, read = [np.zeros((0, sound.channels), np.float32)], 0
+    while read < size:
+        blocks.append(sound.read(int(min(2**16, size - read)), dtype="float32", always_2d=True))
+        read += len(blocks[-1])
+        if len(blocks[-1]) == 0:
+            break
+    return np.concatenate(blocks)
+
+
+def check_header(name: str, sound: soundfile.SoundFile) -> None:
+    """Raises ValueError if libsndfile has opened what is not whole: it says so in its log alone."""
+    log, seconds = sound.extra_info, sound.frames / sound.samplerate
+    # Programs that write into a pipe declare 2 GiB or more, for "unknown". Some recorders count the header as audio.
+    cut = re.search(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", log, re.MULTILINE)
+    if cut and int(cut[2]) < int(cut[1]) < 0x7FFFF000 and seconds * (int(cut[1]) / int(cut[2]) - 1) > TOLERANCE:
+        raise ValueError(f"{name}: cut short, {cut[2]} of {cut[1]} bytes of audio are there; replace the file")
+    if re.search("end-of-stream|after the last page", log, re.IGNORECASE):  # of an Ogg
+        raise ValueError(f"{name}: cut short, its end is missing; replace the file")
+    if sound.frames == 0:
+        raise ValueError(f"{name}: declares no audio; if the recorder was stopped before it wrote the length, "
+                         "ffmpeg -ignore_length 1 -i IN OUT.wav repairs it")  # fmt: skip
+    if not 1000 <= sound.samplerate <= 1_000_000:  # resampling from what no device records takes gigabytes
+        raise ValueError(f"{name}: a sample rate of {sound.samplerate} Hz, beyond 1 kHz to 1 MHz, cannot be right")
 
 
 def resample(name, waveform: Tensor, rate: int) -> Tensor:
@@ -683,16 +756,20 @@ def resample(name, waveform: Tensor, rate: int) -> Tensor:
     return torchaudio.functional.resample(waveform, max(25, 25 * round(rate / 25)), SAMPLE_RATE)
 
 
-def read_clip(clip, tile_seconds: float | None = None) -> Tensor:
-    """A path or a waveform, of at most 60 s -> the waveform (T,) float32 that the model reads."""
-    if isinstance(clip, str | os.PathLike):
-        name, waveform = clip, load_audio(clip, seconds=MAX_SECONDS + 1)
-    else:
-        name, waveform = "the waveform", torch.as_tensor(clip)
+def read_clip(clip, tile_seconds: float | None = None, sample_rate: int = SAMPLE_RATE) -> Tensor:
+    """A path, file object or 1-D float array, of at most 60 s -> the waveform (T,) float32 that the model reads."""
+    if isinstance(clip, str | os.PathLike) or hasattr(clip, "read"):
+        name, waveform = name_of(clip), load_audio(clip, seconds=MAX_SECONDS + 1)
+    elif getattr(clip, "ndim", None) == 1 and torch.as_tensor(clip).is_floating_point():
+        name, waveform = "the waveform", torch.as_tensor(clip).float()
+        if sample_rate != SAMPLE_RATE:
+            waveform = resample(name, waveform, sample_rate)
         check_waveform(name, waveform)
+    else:
+        shape = f" {clip.dtype} of shape {tuple(clip.shape)}" if hasattr(clip, "dtype") else ""
+        raise ValueError(f"{type(clip).__name__}{shape}: pass {CLIPS}, or a list of these")
     if len(waveform) > MAX_SECONDS * SAMPLE_RATE:
         raise ValueError(f"{name}: longer than the limit of {MAX_SECONDS} s; cut it into windows (see the README)")
-    waveform = waveform.float()
     return waveform if tile_seconds is None else tile(waveform, round(tile_seconds * SAMPLE_RATE))
 
 
@@ -702,10 +779,7 @@ def tile(waveform: Tensor, samples: int) -> Tensor:
 
 
 def check_waveform(name, waveform: Tensor) -> None:
-    """Raises ValueError if the waveform, (T,) float at 16 kHz, cannot be classified; warns about digital silence."""
-    if waveform.ndim != 1 or not waveform.is_floating_point():
-        shape = tuple(waveform.shape)
-        raise ValueError(f"{name}: a waveform is a 1-D float tensor at 16 kHz, not {waveform.dtype} of shape {shape}")
+    """Raises ValueError if the waveform, (T,) at 16 kHz, cannot be classified; warns about digital silence."""
     if len(waveform) < MIN_SAMPLES:
         raise ValueError(f"{name}: {len(waveform)} samples at 16 kHz are shorter than one frame, {MIN_SAMPLES}")
     if not waveform.isfinite().all():

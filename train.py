@@ -62,7 +62,7 @@ PRESETS = {
     "warmup":          (0.1,          None,                     0.1),          # of steps, then cosine; None: constant
     "max_norm":        (1.0,          None,                     1.0),          # of the gradient
     "freeze_cnn":      (False,        False,                    True),
-    "dtype":           ("float32",    "float32",                "bfloat16"),
+    "dtype":           ("float32",    "float32",                None),         # bfloat16 if the device has it
 }  # fmt: skip
 PRESET_NAMES = ("toy", "paper", "fast")
 
@@ -76,17 +76,18 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--resume", action="store_true", help="go on with the run in --out, by its own flags")
     add("--device", metavar="D", help="default: cuda where there is one, else cpu")
     add("--workers", type=int, default=0, metavar="N", help="processes that load audio (default 0: none beside this)")
+    add("--data", metavar="SOURCE", help="synthetic (default), a corpus folder, or a manifest; --resume: moved clips")
     if "--resume" in argv:
         return parser.parse_args(argv)  # any other flag is unknown here, and so refused
 
     add("--preset", choices=PRESET_NAMES, help="default: toy for built-in backbones, fast for pre-trained ones")
-    add("--data", default="synthetic", metavar="SOURCE", help="synthetic (default), a corpus folder, or a manifest")
     add("--backbone", help=f"Hub name, folder saved by transformers, or one of {', '.join(sdser.SIZES)}")
     add("--exits", type=int, nargs="+", metavar="K", help="layers that get an exit; the last is the teacher")
     heads = f"of the shallow exits, or one for each exit: {', '.join(sdser.HEADS)}"
     add("--head", choices=sdser.HEADS, nargs="+", metavar="H", help=heads)
     add("--labels", nargs="+", metavar="L", help="keep only the clips of these labels")
     add("--final", action="store_true", help="train on train and dev, and keep the last epoch")
+    add("--balanced", action="store_true", help="weight cross-entropy by inverse class frequency, at all exits")
     add("--kl-weight", type=float, default=1.0, metavar="A", help="alpha; 0 leaves the term out (default 1)")
     add("--hint-weight", type=float, default=1.0, metavar="B", help="beta; 0 leaves the term out (default 1)")
     add("--temperature", type=positive(float), default=1.0, metavar="T", help="of the KL term (default 1)")
@@ -102,14 +103,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--lr", type=positive(float), metavar="X", help="learning rate of the backbone")
     add("--head-lr", type=positive(float), metavar="X", help="learning rate of the exits")
     add("--freeze-cnn", action=flag, help="leave the convolutional encoder as it is")
-    add("--dtype", choices=("float32", "bfloat16"), help="bfloat16: by autocast")
+    add(
+        "--dtype", choices=("float32", "bfloat16"), help="bfloat16: by autocast; fast's where the device computes in it"
+    )
     add("--seed", type=int, default=0, metavar="N", help="default 0")
     add("--skip-bad", action="store_true", help="decode every file first, and leave out those that cannot be read")
 
     given = parser.parse_args(argv)
     preset = given.preset or ("toy" if given.backbone in (None, *sdser.SIZES) else "fast")
     column = PRESET_NAMES.index(preset)
-    parser.set_defaults(preset=preset, **{name: row[column] for name, row in PRESETS.items()})
+    parser.set_defaults(preset=preset, data="synthetic", **{name: row[column] for name, row in PRESETS.items()})
     args = parser.parse_args(argv)
     if args.head_lr is None:
         args.head_lr = args.lr
@@ -143,16 +146,18 @@ def fold(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     """Trains, keeps the best epoch by dev UAR, scores it once on test, and reports."""
-    start, out, state = time.time(), Path(args.out), None
+    start, out, state, moved_to = time.time(), Path(args.out), None, None
     if args.resume:
-        state = load_state(out)
-        args = argparse.Namespace(**{**state["args"], **vars(args)})
+        state, moved_to = load_state(out), args.data
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        args = argparse.Namespace(**{**state["args"], **given})
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"--out {out}: holds files already; name a new or empty folder, or --resume the run in it")
     args.device = usable_device(args.device)
+    args.dtype = args.dtype or ("bfloat16" if computes_in_bfloat16(args.device) else "float32")
     check_writable(out, folder=True)
 
-    labels, clips = load_data(args)
+    labels, clips = load_data(args, moved_to)
     training = [clip for clip in clips if clip.split == "train"]
     torch.manual_seed(args.seed)
     tile_seconds = args.seconds if args.window == "tile" else None
@@ -218,6 +223,7 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, first_step:
     shares = [batch[RANK::WORLD] for batch in batches]
     # a process without a share reads a clip all the same, at weight 0: all must take part in a step
     reads = [share or batch[:1] for share, batch in zip(shares, batches)]
+    class_weights = inverse_frequencies(dataset).to(args.device) if args.balanced else None
     sums, total_steps = Counter(), args.epochs * math.ceil(len(batches) / args.accumulate)
     bar = progress(load(dataset, reads, args.workers), title, len(batches))
     for i, (waveforms, lengths, targets) in enumerate(bar):
@@ -230,7 +236,7 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, first_step:
             outputs = model(waveforms.to(args.device), lengths.to(args.device))
         loss, parts = sdser.self_distillation_loss(
             outputs, targets.to(args.device), ramp * args.kl_weight, ramp * args.hint_weight, args.temperature,
-            args.detach_teacher,
+            args.detach_teacher, class_weights,
         )  # fmt: skip
         # so that the step's gradient is that of one large batch; averaged over processes, hence times WORLD
         weight = len(shares[i]) / clips_in_step * WORLD
@@ -273,6 +279,12 @@ def make_optimizer(model: sdser.MultiExitSER, args, steps: int):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
+def inverse_frequencies(dataset: "ClipDataset") -> Tensor:
+    """Weights (C,) of the classes, whose mean over the clips is 1."""
+    counts = Counter(clip.label for clip in dataset.clips)
+    return torch.tensor([len(dataset) / len(counts) / counts[label] for label in dataset.labels])
+
+
 def check_finite(value: Tensor, paths: list[str]) -> None:
     if not value.isfinite():
         names = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
@@ -305,6 +317,13 @@ def usable_device(name: str | None) -> str:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"--device {name}: cannot be used here ({reason}); leave the flag out") from error
     return name
+
+
+def computes_in_bfloat16(device: str) -> bool:
+    """Elsewhere bfloat16 is emulated: ten to forty times slower than float32."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 # -- what a run writes ------------------------------------------------------------------------------------------------
@@ -405,6 +424,7 @@ CORPORA = {
     "synthetic": (r"(?P<speaker>voice\d\d)-(?P<label>[a-z]+)-\d\d",
                   {"anger": "anger", "fear": "fear", "happiness": "happiness", "sadness": "sadness"}),
 }  # fmt: skip
+BATCH_SECONDS = 96  # of padded audio that is scored at once, as in a training batch of 16 clips of 6 s
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
 SPLITS = ("train", "dev", "test")
 
@@ -507,21 +527,20 @@ def read_manifest(manifest: str) -> list[Clip]:
 # -- synthetic speech -------------------------------------------------------------------------------------------------
 
 
-# How an emotion moves a voice: pitch, accents of syllables, contour from start to end and a 6 Hz tremor in semitones;
-# tempo in syllables per second; tilt in dB per octave by which the source falls off; fade in dB by which energy falls
-# over the clip; breath, the noise beside the voice.
+# How an emotion moves a voice: its pitch, and that pitch's way from start to end, in semitones; its tempo in syllables
+# per second; the power by which harmonics fall off; the noise beside the voice.
 PROSODY = {
-    #            pitch accent contour tempo tilt fade tremor breath
-    "anger":     (+2.0,   2.0,   -8.0,  5.0,  -5,  4,   0.1,  0.02),
-    "fear":      (+5.0,   0.7,   +1.0,  6.5,  -9,  0,   1.2,  0.08),
-    "happiness": (+3.0,   2.5,   +8.0,  4.0,  -8,  0,   0.1,  0.02),
-    "sadness":   (-2.5,   0.7,   -2.0,  2.7, -12,  9,   0.2,  0.05),
+    #            pitch contour tempo fall  breath
+    "anger":     (+2.0,  -8.0,  5.0,  0.4,  0.02),
+    "fear":      (+5.0,  +1.0,  6.5,  0.9,  0.08),
+    "happiness": (+3.0,  +8.0,  4.0,  0.7,  0.02),
+    "sadness":   (-2.5,  -2.0,  2.7,  1.4,  0.05),
 }  # fmt: skip
 VOWELS = [(730, 1090, 2440), (270, 2290, 3010), (300, 870, 2240), (530, 1840, 2480), (570, 840, 2410)]  # formants, Hz
 
 
 def synthesize(prosody: tuple, pitch: float, size: float, rng: np.random.Generator) -> np.ndarray:
-    """A source-filter voice: glottal pulses at a moving pitch, shaped by the formants of one vowel per syllable.
+    """Syllables of one vowel: harmonics of a moving pitch, the louder the nearer they are to a formant.
 
     Args:
         prosody: a row of PROSODY.
@@ -530,30 +549,18 @@ def synthesize(prosody: tuple, pitch: float, size: float, rng: np.random.Generat
     Returns:
         (T,) float32 at 16 kHz, 1.0 to 1.6 s.
     """
-    raised, accent, contour, tempo, tilt, fade, tremor, breath = prosody
+    raised, contour, tempo, fall, breath = prosody
     seconds = rng.uniform(1.0, 1.6)
-    syllables = max(2, round(seconds * tempo * rng.uniform(0.8, 1.2)))
-    samples = int(seconds * sdser.SAMPLE_RATE)
-    t = np.arange(samples) / samples  # 0 to 1 over the clip
-
-    # source: a sawtooth's phase follows the pitch; breath is noise
-    accents = np.repeat(rng.normal(0, accent / 2, syllables), -(-samples // syllables))[:samples]
-    wave = tremor * np.sin(2 * np.pi * (6 * seconds * t + rng.uniform()))
-    semitones = raised + rng.normal(0, 1.0) + contour * (t - 0.5) * rng.uniform(0.5, 1.5) + accents + wave
-    phase = np.cumsum(pitch * 2 ** (semitones / 12) / sdser.SAMPLE_RATE)
-    source = 2 * (phase % 1) - 1 + rng.normal(0, breath, samples)
-
-    # filter: each syllable in the frequency domain, then its loudness
-    tilt, fade = tilt + rng.normal(0, 2), fade * rng.uniform(0.3, 1.7)
-    clip = np.zeros(samples)
-    for part in np.array_split(np.arange(samples), syllables):
-        f = np.fft.rfftfreq(len(part), 1 / sdser.SAMPLE_RATE)
-        response = (np.maximum(f, 50) / 500) ** ((tilt + 6) / 6.02)  # a sawtooth falls by 6 dB per octave itself
-        for formant in np.array(VOWELS[rng.integers(len(VOWELS))]) * size:
-            response = response / np.abs(1 - (f / formant) ** 2 + 1j * f * 90 / formant**2)
-        loudness = 10 ** (-(fade * t[part[0]] + rng.uniform(0, 4)) / 20)
-        clip[part] = loudness * np.hanning(len(part)) * np.fft.irfft(np.fft.rfft(source[part]) * response, len(part))
-    return (0.5 * clip / np.abs(clip).max() + rng.normal(0, 0.003, samples)).astype(np.float32)
+    t = np.arange(int(seconds * sdser.SAMPLE_RATE)) / sdser.SAMPLE_RATE
+    semitones = raised + rng.normal(0, 1) + contour * rng.uniform(0.5, 1.5) * (t / seconds - 0.5)
+    hertz = pitch * 2 ** (semitones / 12)
+    phase = 2 * np.pi * np.cumsum(hertz) / sdser.SAMPLE_RATE
+    formants, fall, voice = size * np.array(VOWELS[rng.integers(len(VOWELS))]), fall + rng.normal(0, 0.2), 0.0
+    for harmonic in range(1, 21):
+        gain = sum(1 / (1 + ((harmonic * hertz - formant) / 150) ** 2) for formant in formants)
+        voice += harmonic**-fall * gain * np.sin(harmonic * phase)
+    voice *= np.sin(np.pi * (tempo * rng.uniform(0.8, 1.2) * t + rng.uniform())) ** 2
+    return (0.5 * voice / np.abs(voice).max() + rng.normal(0, breath, len(t))).astype(np.float32)
 
 
 def make_synthetic(speakers: int = 12, clips: int = 24, seed: int = 0) -> str:
@@ -641,10 +648,16 @@ def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
 # -- its batch --------------------------------------------------------------------------------------------------------
 
 
-def load_data(args) -> tuple[list[str], list[Clip]]:
+def load_data(args, moved_to: str | None = None) -> tuple[list[str], list[Clip]]:
     """The labels, and the clips with their splits; looks at every file before any costs training; tells the counts."""
     if args.resume:
-        clips = look_at(load_corpus(Path(args.out, "split.csv")))
+        clips = load_corpus(Path(args.out, "split.csv"))
+        if moved_to:
+            found = find_again(clips, load_corpus(moved_to))
+            if len(found) < len(clips):
+                raise ValueError(f"{moved_to}: has {len(found)} of the run's {len(clips)} clips; give all of them")
+            clips = found
+        clips = look_at(clips)
     else:
         clips = keep_labels(load_corpus(args.data), args.labels, args.data)
         clips = look_at(split_clips(clips, args.fold, args.final), args.skip_bad)
@@ -654,14 +667,31 @@ def load_data(args) -> tuple[list[str], list[Clip]]:
         if clip.split != "train" and clip.seconds > sdser.MAX_SECONDS:
             raise ValueError(f"{clip.path}: {clip.seconds:.1f} s is longer than the limit of {sdser.MAX_SECONDS} s for "
                              f"{clip.split} clips; cut it")  # fmt: skip
-    labels = sorted({clip.label for clip in clips})
-    counts = []
+    counts = Counter(clip.label for clip in clips)
+    labels = sorted(counts)
+    for label in labels:
+        if label != label.lower() and label.lower() in counts:
+            warnings.warn(f"{args.data}: {label} and {label.lower()} are two labels; is that meant?", stacklevel=2)
+    print(f"{args.data}: {', '.join(f'{label} {counts[label]}' for label in labels)}")
+    parts = []
     for split in SPLITS:
         part = [clip for clip in clips if clip.split == split]
         speakers = {clip.speaker for clip in part} - {None}
-        counts.append(f"{len(part)} {split} ({len(speakers) or '?'})")
-    print(f"{args.data}: {len(labels)} emotions; clips (speakers): {', '.join(counts)}")
+        parts.append(f"{split} {len(part)} clips of {len(speakers) or 'unknown'} speakers")
+    print(", ".join(parts))
     return labels, clips
+
+
+def find_again(own: list[Clip], elsewhere: list[Clip]) -> list[Clip]:
+    """A run's own clips where they lie now; they are known by file name, label and, where that is given, speaker."""
+    paths = {(Path(clip.path).stem, clip.label, clip.speaker): clip.path for clip in elsewhere}
+    found = []
+    for clip in own:
+        name = Path(clip.path).stem, clip.label
+        path = paths.get((*name, clip.speaker), paths.get((*name, None)))
+        if path is not None:
+            found.append(clip._replace(path=path))
+    return found
 
 
 def keep_labels(clips: list[Clip], labels: list[str] | None, source: str) -> list[Clip]:
@@ -676,17 +706,19 @@ def keep_labels(clips: list[Clip], labels: list[str] | None, source: str) -> lis
 
 
 def look_at(clips: list[Clip], skip_bad: bool = False) -> list[Clip]:
-    """Fills in each clip's seconds, from the files' headers; ValueError if one cannot be read.
+    """Fills in each clip's seconds, from the file's header where that tells; ValueError if one cannot be read.
 
     skip_bad: decode every file whole, and leave out those that cannot be read, with a warning for each.
     """
 
     def measure(clip):
         try:
-            if skip_bad:
-                sdser.load_audio(clip.path)
-            with sdser.open_audio(clip.path) as file:
-                return clip._replace(seconds=file.frames / file.samplerate)
+            with sdser.open_audio(clip.path) as (_, sound, length):
+                seconds = length and length / sound.samplerate
+            if skip_bad or length is None:
+                waveform = sdser.load_audio(clip.path)
+                seconds = seconds or len(waveform) / sdser.SAMPLE_RATE
+            return clip._replace(seconds=seconds)
         except (OSError, ValueError) as error:
             return error
 
@@ -697,6 +729,8 @@ def look_at(clips: list[Clip], skip_bad: bool = False) -> list[Clip]:
         raise ValueError(f"{bad[0]} ({len(bad)} of {len(clips)} clips are bad; --skip-bad leaves them out)")
     for error in bad if RANK == 0 else []:
         warnings.warn(f"left out: {error}", stacklevel=2)
+    if len(bad) == len(clips):
+        raise ValueError(f"none of the {len(clips)} clips can be read; the first: {bad[0]}")
     return [item for item in found if isinstance(item, Clip)]
 
 
@@ -783,8 +817,14 @@ def predict(model: sdser.MultiExitSER, clips: list[Clip], batch_size: int = 16, 
     """Logits (exits, N, C) of whole clips at every exit, float32 on the CPU; ValueError if one is not finite."""
     model.eval()
     logits = torch.zeros(len(model.exits), len(clips), len(model.labels))
-    order = np.argsort([clip.seconds for clip in clips], kind="stable").tolist()
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][RANK::WORLD]
+    seconds = [model.tile_seconds or clip.seconds for clip in clips]
+    batches = [[]]
+    for i in np.argsort(seconds, kind="stable").tolist():  # so i is the longest of its batch
+        full = len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > BATCH_SECONDS
+        if full and batches[-1]:
+            batches.append([])
+        batches[-1].append(i)
+    batches = batches[RANK::WORLD]
     loader = load(ClipDataset(clips, model.labels, model.tile_seconds), batches, workers)
     for batch, (waveforms, lengths, _) in zip(batches, progress(loader, "scoring", len(batches))):
         outputs = model(waveforms.to(model.backbone.device), lengths.to(model.backbone.device))
@@ -826,7 +866,9 @@ def script(when_interrupted: str = "interrupted"):
         print(when_interrupted, file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        sentence = str(error).strip().splitlines()[-1]  # one that a loading process raised stands below its traceback
+        sentence = (
+            str(error).strip().rpartition("\n")[2]
+        )  # one that a loading process raised stands below its traceback
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
     if WORLD > 1:

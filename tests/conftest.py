@@ -18,20 +18,19 @@ TINY = dict(
     num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
 )  # fmt: skip
 PRE_LN = dict(feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True)
-LAYOUTS = {
-    f"{config.model_type}-{name}": config(**TINY, **norm)
-    for config in (Wav2Vec2Config, HubertConfig, WavLMConfig)
-    for name, norm in (("base", {}), ("large", PRE_LN))
-}
+LAYOUTS = {}
+for config in (Wav2Vec2Config, HubertConfig, WavLMConfig):
+    LAYOUTS[f"{config.model_type}-base"] = config(**TINY)
+    LAYOUTS[f"{config.model_type}-large"] = config(**TINY, **PRE_LN)
 LABELS = ["anger", "joy", "sadness"]
 
 try:
     import torchaudio  # noqa: F401
+
+    problem = ""
 except (ImportError, OSError, RuntimeError) as error:
-    reason = f"torchaudio is absent, or does not load beside torch {torch.__version__} ({error})"
-    resamples = pytest.mark.skip(reason=reason)  # for tests of files that are not at 16 kHz
-else:
-    resamples = lambda test: test  # noqa: E731
+    problem = f"torchaudio is absent, or does not load beside torch {torch.__version__} ({error})"
+resamples = pytest.mark.skipif(bool(problem), reason=problem)  # for tests of files that are not at 16 kHz
 
 
 def build(layout="wav2vec2-base", exits=(1, 2, 4), head="gru", **changes) -> sdser.MultiExitSER:

@@ -1,6 +1,7 @@
 """Processes that a test may kill: forked from a server that has imported train.py, so that each starts at once."""
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import sys
@@ -10,7 +11,6 @@ import torch
 import torch._dynamo  # optimizers import it when they first step
 import transformers.models.wav2vec2.modeling_wav2vec2  # noqa: F401
 
-import evaluate
 import train
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -36,48 +36,54 @@ def output_to(file):
         yield
 
 
-def run(flags, log, script=train) -> None:
+def run(flags, log, before=None, script="train") -> None:
+    """The script's main, after `before()`."""
     torch.set_num_threads(1)  # the same sums in the same order in every process
+    if before:
+        before()
     with output_to(log):
-        script.main(list(map(str, flags)))
+        importlib.import_module(script).main(list(map(str, flags)))
 
 
-def run_until(flags, log, calls: int) -> None:
-    """`run` that dies before its n-th replacement of a file; only the log says so."""
+def run_until(calls: int, flags, log) -> None:
+    """`run` that dies before its n-th replacement of a file, from 0; only the log says so."""
     count, replace = 0, os.replace
 
     def deadly(*args):
         nonlocal count
-        count += 1
-        if count > calls:
+        if count == calls:
             os.write(1, b"died\n")
             os._exit(9)
+        count += 1
         replace(*args)
 
     os.replace = deadly
     run(flags, log)
 
 
-def run_as(rank: int, port: int, flags, log, script: str = "train", plainly: bool = False) -> None:
-    """`run` as one of two processes, as torchrun would start it.
-
-    plainly: steps are those of SGD; AdamW would turn the rounding of a gradient that should be zero into full steps.
-    """
-    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                       MASTER_PORT=str(port))  # fmt: skip
+def run_as(rank: int, port: int, *args) -> None:
+    """`run` as one of two processes, as torchrun would start it."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     train.RANK, train.LOCAL_RANK, train.WORLD = rank, rank, 2
-    if plainly:
-        step_plainly()
-    run(flags, log, {"train": train, "evaluate": evaluate}[script])
-
-
-def run_plainly(flags, log) -> None:
-    step_plainly()
-    run(flags, log)
+    run(*args)
 
 
 def step_plainly() -> None:
+    """Steps of SGD; AdamW would turn the rounding of a gradient that should be zero into full steps."""
+
     def sgd(groups, weight_decay):
         return torch.optim.SGD(groups)
 
     torch.optim.AdamW = sgd
+
+
+def tell_seeds() -> None:
+    """Each epoch writes what dropout and masks are drawn from."""
+    train_epoch = train.train_epoch
+
+    def told(*args):
+        print("seed", torch.initial_seed(), file=sys.stderr)
+        return train_epoch(*args)
+
+    train.train_epoch = told

@@ -1,60 +1,43 @@
 """Reading audio: what people really have, and what is refused."""
 
-import builtins
+import sys
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from conftest import build, resamples
 
 import sdser
 
-TONE = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16_000) / 16_000)
+
+def tone(rate=16_000):  # one second of 440 Hz
+    return 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
 
 
 @pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3", "aiff"])
 def test_formats(wav, ending):
-    waveform = sdser.load_audio(wav(TONE, f"clip.{ending}"))
+    waveform = sdser.load_audio(wav(tone(), f"clip.{ending}"))
     assert waveform.dtype == torch.float32 and waveform.shape == (16_000,)
-    if ending in ("wav", "flac", "aiff"):
-        torch.testing.assert_close(waveform, torch.from_numpy(TONE).float(), atol=1e-4, rtol=0)
+    tolerance = 1e-4 if ending in ("wav", "flac", "aiff") else 0.1
+    torch.testing.assert_close(waveform, torch.from_numpy(tone()).float(), atol=tolerance, rtol=0)
 
 
 @resamples
-@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000, 192_000])
-def test_any_rate_becomes_16_khz(wav, rate):
-    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
-    waveform = sdser.load_audio(wav(tone, rate=rate))
-    assert len(waveform) == 16_000
-    middle = slice(1000, -1000)  # away from the filter's edges
-    torch.testing.assert_close(waveform[middle], torch.from_numpy(TONE).float()[middle], atol=5e-3, rtol=0)
-
-
-@pytest.mark.parametrize("error", [ImportError, OSError, RuntimeError])
-def test_resampling_without_torchaudio_is_refused(wav, monkeypatch, error):
-    """It is absent, or does not load beside another torch; files at 16 kHz do not need it."""
-    real = builtins.__import__
-
-    def refuse(name, *args, **kwargs):
-        if name == "torchaudio":
-            raise error("no torchaudio here")
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    path = wav(TONE, rate=22_050)
-    with pytest.raises(ValueError, match=rf"^{path}: .*torchaudio"):
-        sdser.load_audio(path)
-    assert len(sdser.load_audio(wav(TONE))) == 16_000
-
-
-@resamples
-def test_odd_rates_cost_no_more(wav):
+@pytest.mark.parametrize(("rate", "tolerance"), [(8_000, 5e-3), (44_100, 5e-3), (192_000, 5e-3), (11_127, 0.2)])
+def test_any_rate_becomes_16_khz(wav, rate, tolerance):
     """A filter for exactly 11,127 Hz would take gigabytes; 25 Hz next to it is as good."""
-    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(11_127) / 11_127)
-    waveform = sdser.load_audio(wav(tone, rate=11_127))
-    torch.testing.assert_close(waveform[4000:8000], torch.from_numpy(TONE).float()[4000:8000], atol=0.2, rtol=0)
-    assert abs(len(waveform) - 16_000) < 20
+    waveform = sdser.load_audio(wav(tone(rate), rate=rate))
+    assert abs(len(waveform) - 16_000) < (20 if rate == 11_127 else 1)
+    middle = slice(4000, 8000)  # away from the filter's edges
+    torch.testing.assert_close(waveform[middle], torch.from_numpy(tone()).float()[middle], atol=tolerance, rtol=0)
+
+
+def test_only_resampling_needs_torchaudio(wav, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchaudio", None)  # importing it fails
+    path = wav(tone(22_050), rate=22_050)
+    with pytest.raises(ValueError, match=str(path)):
+        sdser.load_audio(path)
+    assert len(sdser.load_audio(wav(tone()))) == 16_000
 
 
 def test_channels_are_averaged(wav):
@@ -63,42 +46,28 @@ def test_channels_are_averaged(wav):
     torch.testing.assert_close(waveform, torch.from_numpy(channels.mean(1)))
 
 
-@pytest.mark.parametrize("ending", ["wav", "flac", "mp3", "aiff"])
-@pytest.mark.parametrize("kept", [0, 1, 60, 0.5, -100])
-def test_cut_files_are_refused(wav, ending, kept):
-    path = wav(TONE, f"clip.{ending}")
-    content = path.read_bytes()
-    path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
-    with pytest.raises(ValueError, match=f"^{path}: "):
-        sdser.load_audio(path)
-
-
-@pytest.mark.parametrize("samples", [np.zeros(0), np.ones(399), np.full(8000, np.nan), np.r_[np.ones(8000), np.inf]])
-def test_unusable_samples_are_refused(wav, samples):
-    path = wav(samples.astype(np.float32), subtype="FLOAT")
-    with pytest.raises(ValueError, match=f"^{path}: "):
-        sdser.load_audio(path)
-
-
 def test_a_part_is_what_the_whole_holds_there(wav):
     samples = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000).astype(np.float32)
     for ending in ("wav", "flac"):
         path = wav(samples, f"clip.{ending}")
         whole = sdser.load_audio(path)
         for start in (0.0, 0.25, 0.5):
-            part = sdser.load_audio(path, start, 0.5)
-            assert torch.equal(part, whole[int(16_000 * start) :][:8000])
+            assert torch.equal(sdser.load_audio(path, start, 0.5), whole[int(16_000 * start) :][:8000])
         assert torch.equal(sdser.load_audio(path, 0.0, 2.0), whole)
 
 
-def test_clips_of_more_than_a_minute_are_refused(wav):
-    path = wav(np.ones(8000 * 61, dtype=np.int16), rate=8000)
-    with pytest.raises(ValueError, match=f"^{path}: "):
-        build().classify([path])
+@pytest.mark.parametrize("ending", ["wav", "flac", "mp3", "aiff"])
+@pytest.mark.parametrize("kept", [0, 0.01, 0.5, 0.9])
+def test_cut_files_are_refused(wav, ending, kept):
+    path = wav(tone(), f"clip.{ending}")
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(ValueError, match=str(path)):
+        sdser.load_audio(path)
 
 
 def test_a_stream_of_unknown_length_is_not_cut(wav):
-    path = wav(TONE)
+    path = wav(tone())
     content = bytearray(path.read_bytes())
     for unknown in (b"\xff\xff\xff\xff", b"\x00\xf0\xff\x7f"):  # what programs write into a pipe
         content[40:44] = content[4:8] = unknown
@@ -106,21 +75,34 @@ def test_a_stream_of_unknown_length_is_not_cut(wav):
         assert len(sdser.load_audio(path)) == 16_000
 
 
+@pytest.mark.parametrize("samples", [np.zeros(0), np.ones(399), np.full(8000, np.nan), np.r_[np.ones(8000), np.inf]])
+def test_unusable_samples_are_refused(wav, samples):
+    path = wav(samples.astype(np.float32), subtype="FLOAT")
+    with pytest.raises(ValueError, match=str(path)):
+        sdser.load_audio(path)
+
+
 def test_what_is_no_audio_is_refused(tmp_path):
-    for path in (tmp_path / "none.wav", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"^{path}: "):
-            sdser.load_audio(path)
     (tmp_path / "text.wav").write_text("not audio at all " * 100)
     (tmp_path / "text.raw").write_text("headerless")
     (tmp_path / "phone.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
-    for name in ("text.wav", "text.raw", "phone.m4a"):
-        with pytest.raises(ValueError, match=f"^{tmp_path / name}: "):
-            sdser.load_audio(tmp_path / name)
+    for name in ("none.wav", "", "text.wav", "text.raw", "phone.m4a"):
+        path = tmp_path / name
+        with pytest.raises(ValueError if path.is_file() else FileNotFoundError, match=str(path)):
+            sdser.load_audio(path)
 
 
-def test_silence_is_read_with_a_warning(wav):
-    with pytest.warns(UserWarning, match="digital silence"):
-        assert len(sdser.load_audio(wav(np.zeros(8000)))) == 8000
+def test_clips_of_more_than_a_minute_are_refused(wav):
+    path = wav(np.ones(16_000 * 60 + 1, dtype=np.int16))
+    with pytest.raises(ValueError, match=str(path)):
+        build().classify([path])
+
+
+def test_silence_is_classified_with_a_warning(wav):
+    path = wav(np.zeros(8000))
+    with pytest.warns(UserWarning, match=str(path)):
+        [prediction] = build().classify([path])
+    assert 0 < prediction.confidence <= 1
 
 
 def test_tile_repeats_or_cuts():
@@ -133,7 +115,6 @@ def test_original_recordings_match_their_16_khz_twins(real_speech):
     """48 kHz mono and stereo and 22.05 kHz files, beside FLACs made from them by another program."""
     originals = sorted((real_speech / "ravdess-original").rglob("*.wav"))
     assert len(originals) == 6
-    assert len({(f.samplerate, f.channels) for f in map(soundfile.SoundFile, originals)}) == 3
     for original in originals:
         ours = sdser.load_audio(original)
         twin = sdser.load_audio(real_speech / "ravdess" / original.parent.name / f"{original.stem}.flac")

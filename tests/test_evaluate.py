@@ -260,9 +260,16 @@ def test_another_corpus(runs, capsys):
     assert "grief" in refused(capsys, runs / "fold1", "--data", "new.csv")
 
 
-def test_training_clips_are_refused(runs, corpus, capsys, tmp_path):
-    for source in (corpus, shutil.copytree(corpus.parent, tmp_path / "moved") / "all.csv"):
-        assert str(source) in refused(capsys, runs / "fold1", "--data", source)
+def test_training_clips_are_not_scored(runs, corpus, capsys, tmp_path):
+    """A run's own corpus is known wherever it lies now, and its test split alone is taken."""
+    own, moved = call(runs / "fold1"), shutil.copytree(corpus.parent, tmp_path / "moved")
+    for source in (corpus, moved / "all.csv"):
+        results = call(runs / "fold1", "--data", source)
+        assert results["split"] == "test" and results["rows"] == own["rows"]
+    training = [clip for clip in train.load_corpus(runs / "fold1" / "split.csv") if clip.split == "train"]
+    lines = [f"{Path(clip.path).name},{clip.label},{clip.speaker}" for clip in training]
+    (moved / "training.csv").write_text("\n".join(["path,label,speaker", *lines]))
+    assert "training.csv" in refused(capsys, runs / "fold1", "--data", moved / "training.csv")
 
 
 def test_audio(runs, corpus, capsys):

@@ -19,12 +19,22 @@ def padded_batch(padding=float("nan")):
     return waveforms, lengths
 
 
-def count_layers(model) -> list[int]:
-    """A list that grows by a layer's index (from 1) and the number of clips in it each time a layer runs."""
-    calls = []
-    for index, layer in enumerate(model.backbone.encoder.layers, 1):
-        layer.register_forward_hook(lambda _, args, __, index=index: calls.append((index, len(args[0]))))
+def close(a, b, atol=1e-5):
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+
+
+def count_layers(model) -> list[tuple[int, int]]:
+    """A list that grows by a layer's number, from 1, and how many clips are in it, each time a layer runs."""
+    calls, layers = [], list(model.backbone.encoder.layers)
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, args: calls.append((layers.index(layer) + 1, len(args[0]))))
     return calls
+
+
+def test_the_layouts_are_three_backbones_with_two_norms_each():
+    configs = [build(layout).backbone.config for layout in LAYOUTS]
+    assert len({(config.model_type, config.feat_extract_norm) for config in configs}) == len(configs) == 6
+    assert all(config.do_stable_layer_norm == (config.feat_extract_norm == "layer") for config in configs)
 
 
 # -- exact masking ------------------------------------------------------------------------------------------------
@@ -33,14 +43,17 @@ def count_layers(model) -> list[int]:
 @pytest.mark.parametrize("head", sdser.HEADS)
 @torch.no_grad()
 def test_padding_changes_nothing(layout, head):
-    model = build(layout, head=[head] * 3)
+    """In float64, so that rounding cannot be taken for a leak, nor hide one."""
     waveforms, lengths = padded_batch()
-    together = model(waveforms, lengths)
-    for i, length in enumerate(LENGTHS):
-        alone = model(waveforms[i : i + 1, :length])
-        for a, b in zip(together, alone):
-            torch.testing.assert_close(a.logits[i], b.logits[0], atol=1e-5, rtol=0)
-            torch.testing.assert_close(a.embedding[i], b.embedding[0], atol=1e-5, rtol=0)
+    waveforms = waveforms.double()
+    for do_normalize in (True, False):
+        model = build(layout, head=[head] * 3, do_normalize=do_normalize).double()
+        together = model(waveforms, lengths)
+        for i, length in enumerate(LENGTHS):
+            alone = model(waveforms[i : i + 1, :length])
+            for a, b in zip(together, alone):
+                close(a.logits[i], b.logits[0], atol=1e-11)
+                close(a.embedding[i], b.embedding[0], atol=1e-11)
 
 
 @torch.no_grad()
@@ -55,18 +68,12 @@ def test_padding_would_matter_to_transformers_own_forward():
 
 
 @torch.no_grad()
-def test_without_normalisation_padding_changes_nothing():
-    model = build("wavlm-base", do_normalize=False)
-    waveforms, lengths = padded_batch()
-    together, alone = model(waveforms, lengths)[-1], model(waveforms[2:, : LENGTHS[2]])[-1]
-    torch.testing.assert_close(together.logits[2], alone.logits[0], atol=1e-5, rtol=0)
-    assert not torch.allclose(alone.logits, model(5 * waveforms[2:, : LENGTHS[2]])[-1].logits, atol=1e-4)
-
-
-@torch.no_grad()
-def test_loudness_and_offset_change_nothing():
-    model, waveform = build(), 0.1 * torch.randn(1, 8000)
-    torch.testing.assert_close(model(waveform)[-1].logits, model(5 * waveform + 0.3)[-1].logits, atol=1e-4, rtol=0)
+def test_loudness_and_offset_change_nothing_unless_the_backbone_wants_them():
+    waveform = 0.1 * torch.randn(1, 8000)
+    for do_normalize in (True, False):
+        model = build("wav2vec2-large", do_normalize=do_normalize)
+        difference = model(waveform)[-1].logits - model(5 * waveform + 0.3)[-1].logits
+        assert (difference.abs().max() < 1e-4) == do_normalize
 
 
 # -- exits ------------------------------------------------------------------------------------------------------------
@@ -78,26 +85,26 @@ def test_exit_is_the_transformers_model_of_that_many_layers(layout):
     waveform = 0.1 * torch.randn(1, 16_000) + 0.02
     extractor = Wav2Vec2FeatureExtractor(do_normalize=True)
     normalised = extractor(waveform[0].numpy(), sampling_rate=16_000, return_tensors="pt").input_values
-    for k in model.exits:
+    seen = []  # by each exit
+    for head in model.heads.values():
+        head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(waveform)
+    weights = model.backbone.state_dict()
+    for k, hidden in zip(model.exits, seen):
         config = AutoConfig.for_model(**model.backbone.config.to_dict() | {"num_hidden_layers": k})
         shallow = AutoModel.from_config(config).eval()
-        weights = model.backbone.state_dict()
         shallow.load_state_dict({name: weights[name] for name in shallow.state_dict()})
-        seen = []
-        hook = model.heads[str(k)].register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-        model(waveform, exit=k)
-        hook.remove()
-        torch.testing.assert_close(seen[0], shallow(normalised).last_hidden_state, atol=1e-5, rtol=0)
+        close(hidden, shallow(normalised).last_hidden_state)
 
 
 @torch.no_grad()
 def test_exit_runs_its_layers_and_no_more(layout):
-    model = build(layout)
-    everything = model(torch.ones(1, 4000).cumsum(1).sin())
+    model, waveform = build(layout), torch.randn(1, 4000)
+    everything = model(waveform)
     calls = count_layers(model)
     for k, expected in zip(model.exits, everything):
         calls.clear()
-        [output] = model(torch.ones(1, 4000).cumsum(1).sin(), exit=k)
+        [output] = model(waveform, exit=k)
         assert [layer for layer, _ in calls] == list(range(1, k + 1))
         assert output.exit == expected.exit == k
         torch.testing.assert_close(output.logits, expected.logits)
@@ -125,9 +132,13 @@ def test_mean_head_is_the_mean_of_valid_frames():
     torch.testing.assert_close(head(hidden)[1], hidden.mean(1))
 
 
-def test_a_config_dict_of_transformers_builds_a_model_that_normalises():
-    model = sdser.MultiExitSER(LABELS, LAYOUTS["wav2vec2-base"].to_dict())
-    assert model.backbone.config.do_normalize and model.classify([torch.randn(8000)])
+def test_linear_layers_of_the_heads_start_as_the_authors():
+    head = sdser.ExitHead("gru", 768, 7)
+    for layer, inputs in ((head.projector, 768), (head.classifier, 256)):
+        bound = (6 / inputs) ** 0.5  # He-uniform
+        assert layer.weight.abs().max() <= bound
+        assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+        assert not layer.bias.any()
 
 
 def test_heads_of_shallow_and_deepest_exit():
@@ -143,35 +154,33 @@ def test_built_in_sizes(size, exits, million):
     model = sdser.MultiExitSER(LABELS, size, head="mean")
     assert model.exits == exits
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(million, rel=0.3)
+    config = model.backbone.config
+    assert (config.hidden_dropout, config.attention_dropout, config.activation_dropout) == (0.1, 0.1, 0.0)
+    assert (config.mask_time_min_masks, config.mask_time_prob) == (2, 0.05)
 
 
-@pytest.mark.parametrize("arguments", [
-    dict(exits=[2, 2]), dict(exits=[0, 2]), dict(exits=[]), dict(exits=[2, 5]), dict(head="conv"),
-    dict(head=["gru", "mean"]), dict(labels=["anger"]), dict(labels="ab"), dict(labels=["anger", "anger"]),
-    dict(backbone="tinny"), dict(backbone="no/such/folder"), dict(backbone={"model_type": "bert"}),
+@pytest.mark.parametrize(("argument", "value"), [
+    ("exits", [2, 2]), ("exits", [2, 5]), ("head", "conv"), ("labels", ["anger"]), ("backbone", {"model_type": "bert"}),
 ])  # fmt: skip
-def test_wrong_arguments_are_refused(arguments):
-    with pytest.raises((ValueError, FileNotFoundError)):
-        sdser.MultiExitSER(**{"labels": LABELS, "backbone": "tiny", **arguments})
+def test_wrong_arguments_are_refused(argument, value):
+    with pytest.raises(ValueError, match=argument):
+        sdser.MultiExitSER(**{"labels": LABELS, "backbone": "tiny", argument: value})
 
 
-@pytest.mark.parametrize("size", [(8000,), (1, 399)])
-def test_wrong_shapes_are_refused(size):
+@pytest.mark.parametrize(("shape", "lengths"), [
+    ((8000,), None), ((1, 399), None), ((2, 8000), [8000]), ((2, 8000), [8000, 399]), ((2, 8000), [8001, 500]),
+])  # fmt: skip
+def test_wrong_batches_are_refused(shape, lengths):
     with pytest.raises(ValueError):
-        build()(torch.randn(size))
+        build()(torch.randn(shape), None if lengths is None else torch.tensor(lengths))
 
 
-@pytest.mark.parametrize("lengths", [[8000], [8000, 399], [8001, 500]])
-def test_wrong_lengths_are_refused(lengths):
-    with pytest.raises(ValueError):
-        build()(torch.randn(2, 8000), torch.tensor(lengths))
-
-
-def test_an_exit_that_the_model_lacks_is_refused_with_those_it_has():
-    model = build()
-    with pytest.raises(ValueError, match="1, 2, 4"):
-        model(torch.randn(1, 8000), exit=3)
-    with pytest.raises(ValueError, match="1, 2, 4"):
+def test_an_exit_that_the_model_lacks_is_refused():
+    model, waveforms = build(), torch.randn(1, 8000)
+    for call in (model.forward, model.classify):
+        with pytest.raises(ValueError, match="exit 3"):
+            call(waveforms, exit=3)
+    with pytest.raises(ValueError, match="exit 3"):
         model.truncate(3)
 
 
@@ -187,16 +196,15 @@ def test_every_parameter_learns_also_from_the_shortest_clips(layout):
             outputs = model(torch.randn(3, 401), torch.tensor([401, 400, 401]))
         loss, _ = sdser.self_distillation_loss(outputs, targets)
         loss.backward()
-        assert loss.isfinite() and all(o.logits.dtype == torch.float32 for o in outputs)
-        missing = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        assert not missing
+        assert loss.isfinite() and all(output.logits.dtype == torch.float32 for output in outputs)
+        assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
 
 
 def test_time_mask_covers_its_share_in_spans_that_fit():
-    model = build(mask_time_prob=0.2, mask_time_length=10)
+    config = build(mask_time_prob=0.2, mask_time_length=10).backbone.config
     hidden, frames = torch.zeros(400, 100, 1), torch.tensor([100, 30, 4, 1] * 100)
     valid = sdser.valid_mask(frames, 100)
-    mask = sdser.sample_time_mask(model.backbone.config, hidden, valid)
+    mask = sdser.sample_time_mask(config, hidden, valid)
     assert not (mask & ~valid).any()
     share = mask[frames == 100].float().mean().item()
     assert 0.14 < share < 0.2  # spans may overlap, so a little less than 0.2
@@ -207,34 +215,14 @@ def test_time_mask_covers_its_share_in_spans_that_fit():
 
 def test_time_mask_covers_what_transformers_does():
     """Two spans at least, in many clips of 5.984 s, with the config of wav2vec2-base."""
-    model = build(mask_time_prob=0.05, mask_time_length=10)
-    assert model.backbone.config.mask_time_min_masks == 2
-    mask = sdser.sample_time_mask(model.backbone.config, torch.zeros(4000, 298, 1), None)
-    ours = mask.float().mean().item()
+    mask = sdser.sample_time_mask(sdser.load_config("base"), torch.zeros(4000, 298, 1), None)
     theirs = _compute_mask_indices((4000, 298), 0.05, 10, min_masks=2).mean()
-    assert ours == pytest.approx(theirs, abs=0.002) and theirs == pytest.approx(0.066, abs=0.003)
-
-
-def test_linear_layers_of_the_heads_start_as_the_authors():
-    head = sdser.ExitHead("gru", 768, 7)
-    for layer, inputs in ((head.projector, 768), (head.classifier, 256)):
-        bound = (6 / inputs) ** 0.5  # He-uniform
-        assert layer.weight.abs().max() <= bound and layer.weight.std().item() == pytest.approx(
-            bound / 3**0.5, rel=0.05
-        )
-        assert not layer.bias.any()
-
-
-def test_base_is_the_shape_of_wav2vec2_base():
-    config = sdser.load_config("base")
-    assert (config.feat_proj_dropout, config.hidden_dropout, config.attention_dropout) == (0.1, 0.1, 0.1)
-    assert (config.activation_dropout, config.mask_time_min_masks, config.mask_time_prob) == (0.0, 2, 0.05)
+    assert mask.float().mean().item() == pytest.approx(theirs, abs=0.002) == pytest.approx(0.066, abs=0.003)
 
 
 def test_mask_embedding_is_trained_only_where_it_is_used():
     assert build(mask_time_prob=0.05).backbone.masked_spec_embed.requires_grad
-    model = build(mask_time_prob=0.0, mask_feature_prob=0.1)
-    assert not model.backbone.masked_spec_embed.requires_grad
+    assert not build(mask_time_prob=0.0, mask_feature_prob=0.1).backbone.masked_spec_embed.requires_grad
 
 
 def test_layers_are_never_dropped():
@@ -247,16 +235,16 @@ def test_layers_are_never_dropped():
 # -- early exit -------------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def confident_model(layout, clips):
-    """A model and a threshold at which clips leave at different exits."""
+    """A model, clips, and a threshold at which these leave at different exits."""
     model = build(layout)
-    with torch.no_grad():
-        for head in model.heads.values():
-            head.classifier.weight *= 3
+    for head in model.heads.values():
+        head.classifier.weight *= 3
     waveforms = torch.stack([torch.sin(torch.arange(9000) * (0.05 + 0.1 * i)) for i in range(clips)])
     waveforms += 0.3 * torch.randn_like(waveforms)
-    first = model(waveforms)[0].logits.softmax(-1).amax(-1)
-    return model, waveforms, first.sort().values[clips // 2 - 1 : clips // 2 + 1].mean().item()
+    first = model(waveforms)[0].logits.softmax(-1).amax(-1).sort().values
+    return model, waveforms, first[clips // 2 - 1 : clips // 2 + 1].mean().item()
 
 
 @torch.no_grad()
@@ -266,52 +254,50 @@ def test_early_exit_drops_clips_and_gives_each_what_it_gets_alone(layout):
     every = model(waveforms, lengths)
     calls = count_layers(model)
     logits, exits = model.early_exit(waveforms, lengths, threshold)
-    clips_per_layer = dict(calls)
-    assert len(calls) == len(clips_per_layer) == exits.max()
-    assert clips_per_layer == {layer: (exits >= layer).sum().item() for layer in range(1, int(exits.max()) + 1)}
+    assert calls == [(layer, (exits >= layer).sum().item()) for layer in range(1, exits.max().item() + 1)]
     assert len(exits.unique()) > 1, "the test must see clips leave at different exits"
     for i, length in enumerate(lengths):
-        confidences = [output.logits[i].softmax(-1).max() for output in every]
-        expected = next((k for k, c in zip(model.exits, confidences) if c >= threshold), 4)
-        assert exits[i] == expected
-        torch.testing.assert_close(logits[i], every[model.exits.index(expected)].logits[i], atol=1e-5, rtol=0)
+        confident = [output for output in every if output.logits[i].softmax(-1).max() >= threshold]
+        expected = confident[0] if confident else every[-1]
+        assert exits[i] == expected.exit
+        close(logits[i], expected.logits[i])
         alone, alone_exit = model.early_exit(waveforms[i : i + 1, :length], None, threshold)
         assert alone_exit == exits[i]
-        torch.testing.assert_close(alone[0], logits[i], atol=1e-5, rtol=0)
+        close(alone[0], logits[i])
 
 
 @torch.no_grad()
-def test_early_exit_trims_to_the_longest_that_stays(layout):
+def test_early_exit_trims_to_the_longest_that_stays(layout, monkeypatch):
     """The longest clip leaves first: the layers after it see no more frames than the others have."""
     model = build(layout)
     waveforms, lengths = 0.1 * torch.randn(3, 20_000), torch.tensor([20_000, 5000, 3000])
     every = model(waveforms, lengths)
-    probe, frames = model.read_exit, []
+    read_exit, frames = model.read_exit, []
 
     def read(exit, state):
         """Exit 1 is certain of the longest clip alone, exit 2 of none."""
         frames.append(state.hidden.shape[1])
-        output = probe(exit, state)
+        output = read_exit(exit, state)
         if exit < 4:
             output.logits[:] = 0
             output.logits[:1, 0] += 9 * (exit == 1)
         return output
 
-    model.read_exit = read
+    monkeypatch.setattr(model, "read_exit", read)
     logits, exits = model.early_exit(waveforms, lengths, 0.9)
     assert exits.tolist() == [1, 4, 4] and frames == [62, 15, 15]
-    torch.testing.assert_close(logits[1:], every[-1].logits[1:], atol=1e-5, rtol=0)
+    close(logits[1:], every[-1].logits[1:])
 
 
 def test_early_exit_needs_evaluation_mode_and_a_probability():
     with pytest.raises(ValueError):
         build().train().early_exit(torch.randn(1, 8000), None, 0.5)
     for threshold in (50.0, float("nan")):
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="threshold"):
             build().early_exit(torch.randn(1, 8000), None, threshold)
 
 
-# -- classify ---------------------------------------------------------------------------------------------------------
+# -- classify and truncate --------------------------------------------------------------------------------------------
 
 
 def test_classify_files_and_waveforms(wav):
@@ -328,55 +314,39 @@ def test_classify_files_and_waveforms(wav):
         assert list(a.probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-6)
         assert a.label == LABELS[expected.argmax()] and a.confidence == pytest.approx(expected.max().item(), abs=1e-6)
     assert model.training
-    assert model.classify(str(path)) and model.classify([waveform.double().numpy()])
-    for alone in (path, waveform, waveform.numpy()):
+    for alone in (path, str(path), waveform, waveform.double().numpy()):
         [answer] = model.classify(alone)
-        assert answer.confidence == pytest.approx(a.confidence, abs=1e-6)
+        assert answer.probabilities == pytest.approx(a.probabilities, abs=1e-6)
 
 
 def test_classify_with_thresholds():
     model, waveforms, threshold = confident_model("wav2vec2-base", clips=4)
     expected = model.early_exit(waveforms, None, threshold)[1].tolist()
-    assert [p.exit for p in model.classify(waveforms, threshold=threshold)] == expected
+    assert [p.exit for p in model.classify(list(waveforms), threshold=threshold)] == expected
     with pytest.raises(ValueError, match="auto"):
-        model.classify(waveforms, threshold="auto")
+        model.classify(list(waveforms), threshold="auto")
     model.threshold = threshold
-    assert [p.exit for p in model.classify(waveforms, threshold="auto")] == expected
+    assert [p.exit for p in model.classify(list(waveforms), threshold="auto")] == expected
+    with pytest.raises(ValueError, match="threshold"):
+        model.classify(list(waveforms), exit=1, threshold=0.5)
 
 
-@pytest.mark.parametrize("clip", [
-    torch.randn(399), torch.randn(1, 8000), torch.zeros(8000, dtype=torch.int16), torch.full((8000,), float("nan")),
-    torch.randn(16000 * 60 + 1),
-])  # fmt: skip
+@pytest.mark.parametrize("clip", [torch.randn(399), torch.zeros(8000, dtype=torch.int16), torch.randn(16000 * 60 + 1)])
 def test_clips_that_cannot_be_classified_are_refused(clip):
     with pytest.raises(ValueError):
         build().classify([clip])
 
 
-@pytest.mark.parametrize("arguments", [dict(exit=3), dict(exit=1, threshold=0.5), dict(threshold=1.5)])
-def test_arguments_of_classify_are_checked(arguments):
-    with pytest.raises(ValueError):
-        build().classify([torch.randn(8000)], **arguments)
-
-
-def test_silence_is_classified_with_a_warning():
-    with pytest.warns(UserWarning, match="digital silence"):
-        [prediction] = build().classify([torch.zeros(8000)])
-    assert 0 < prediction.confidence <= 1
-
-
 def test_a_model_trained_on_tiles_classifies_tiles():
-    model = sdser.MultiExitSER(LABELS, LAYOUTS["wav2vec2-base"].to_dict() | {"do_normalize": True}, tile_seconds=0.5)
-    model.eval()
+    config = LAYOUTS["wav2vec2-base"].to_dict()  # without do_normalize, which transformers keeps elsewhere
+    model = sdser.MultiExitSER(LABELS, config, tile_seconds=0.5).eval()
+    assert model.backbone.config.do_normalize
     waveform = torch.randn(3000)
     tiled = torch.cat([waveform, waveform, waveform[:2000]])
     with torch.no_grad():
         expected = model(tiled[None])[-1].logits.softmax(-1)[0].tolist()
-    assert list(model.classify([waveform])[0].probabilities.values()) == pytest.approx(expected, abs=1e-6)
+    assert list(model.classify(waveform)[0].probabilities.values()) == pytest.approx(expected, abs=1e-6)
     assert sdser.read_clip(torch.randn(9000), 0.5).shape == (8000,)
-    assert model.classify([waveform.double().numpy()])[0].probabilities == pytest.approx(
-        model.classify([waveform])[0].probabilities
-    )
 
 
 @torch.no_grad()

@@ -1,0 +1,85 @@
+"""Files, uploads and arrays as people really have them: read whole, or refused with what would be right."""
+
+import io
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import build, resamples
+
+import sdser
+import train
+
+
+@resamples
+def test_odd_files_are_read_whole_or_refused(real_speech, capfd):
+    """By path and as file objects, alone and through the first look; libmpg123 has nothing to complain of."""
+    odd = real_speech / "odd"
+    seconds = {"vbr_loud_first_noheader.mp3": 11.34, "cbr_noheader.mp3": 7.05, "gsm.wav": 2.0, "ok.wav": 2.0,
+               "phone_plus44.wav": 2.0}  # fmt: skip
+    for name, expected in seconds.items():
+        assert len(sdser.load_audio(odd / name)) / 16_000 == pytest.approx(expected, abs=0.01)
+        with open(odd / name, "rb") as file:
+            assert torch.equal(sdser.load_audio(file), sdser.load_audio(odd / name))
+        whole, part = sdser.load_audio(odd / name), sdser.load_audio(odd / name, 0.5, 1.0)
+        torch.testing.assert_close(part[1000:-1000], whole[9000 : 8000 + len(part) - 1000], atol=0.02, rtol=0)
+    looked = train.look_at([train.Clip(str(odd / name), "joy", None) for name in seconds])
+    assert [clip.seconds for clip in looked] == pytest.approx(list(seconds.values()), abs=0.01)
+    with pytest.raises(ValueError, match=r"unfinalised_data0\.wav: .*ffmpeg"):
+        sdser.load_audio(odd / "unfinalised_data0.wav")
+    assert capfd.readouterr().err == ""
+
+
+def test_an_mp3_with_its_length_in_front_is_decoded_as_libsndfile_does(wav, capfd):
+    path = wav(np.random.default_rng(0).normal(0, 0.1, 32_000), "clip.mp3")
+    wanted, _ = soundfile.read(path, dtype="float32")
+    torch.testing.assert_close(sdser.load_audio(path), torch.from_numpy(wanted), atol=1e-6, rtol=0)
+    assert train.look_at([train.Clip(str(path), "joy", None)])[0].seconds == 2.0
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("more", "sound"), [(44, True), (160, True), (3200, False)])
+def test_headers_may_promise_a_few_milliseconds(wav, more, sound):
+    path = wav(0.1 * np.sin(np.arange(16_000)))
+    content = bytearray(path.read_bytes())
+    content[40:44] = (32_000 + more).to_bytes(4, "little")
+    path.write_bytes(content)
+    if sound:
+        assert len(sdser.load_audio(path)) == 16_000
+    else:
+        with pytest.raises(ValueError, match=f"^{path}: "):
+            sdser.load_audio(path)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.5, 0.9])
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_an_ogg_without_its_end_is_refused(wav, subtype, kept):
+    path = wav(np.random.default_rng(0).normal(0, 0.1, 32_000), "clip.ogg", format="OGG", subtype=subtype)
+    assert len(sdser.load_audio(path)) == 32_000
+    path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+    with pytest.raises(ValueError, match=f"^{path}: "):
+        sdser.load_audio(path)
+
+
+@resamples
+def test_classify_takes_uploads_and_other_rates(wav):
+    model, waveform = build(), 0.1 * torch.randn(16_000)
+    path = wav(waveform.numpy(), subtype="FLOAT", rate=8000)
+    upload = io.BytesIO(path.read_bytes())
+    by_path, by_array = model.classify(path)[0], model.classify(waveform, sample_rate=8000)[0]
+    for answer in (*model.classify([upload]), by_array):
+        assert answer.probabilities == pytest.approx(by_path.probabilities, abs=1e-6)
+    assert model.classify(waveform)[0].probabilities != pytest.approx(by_path.probabilities, abs=1e-6)
+
+
+@pytest.mark.parametrize("clip", [
+    torch.randn(2, 8000), (16_000, torch.randn(8000)), {"array": torch.randn(8000)}, [0.1, 0.2],
+    torch.zeros(8000, dtype=torch.int16), b"RIFF", io.BytesIO(b""), io.BytesIO(b"no audio"), ".",
+])  # fmt: skip
+def test_what_is_no_clip_is_refused(clip):
+    model = build()
+    for clips in (clip, [clip]):
+        with pytest.raises((ValueError, FileNotFoundError)) as refusal:
+            model.classify(clips)
+        assert "\n" not in str(refusal.value)
