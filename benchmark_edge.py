@@ -1,16 +1,16 @@
-"""Copies of a model that run fast on a CPU; times every exit, backend by backend; writes one exit as a file to ship.
+"""Which exit fits this CPU, and what file to put there: times every exit as the file that ships it, or writes the file.
 
     python benchmark_edge.py --backbone base                      # latency needs no trained weights
     python benchmark_edge.py out --budget-ms 80                   # the deepest exit of a trained model that fits
-    python benchmark_edge.py out --export model.onnx --exit 3     # one exit in one file: .pt2, .onnx or a folder
+    python benchmark_edge.py out --export model.onnx --exit 3     # one exit in one file: .onnx, .pt2 or a folder
 
-Read top to bottom: the flags; `optimize_for_cpu` and what it packs; one file to ship; measuring; the report, the plot.
+Read top to bottom: the flags, writing a file, running one, measuring, the report, the plot.
 """
 
 import argparse
 import contextlib
-import copy
-import functools
+import importlib.util
+import inspect
 import json
 import logging
 import math
@@ -28,15 +28,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 
 import evaluate
 import sdser
 import train
-
-COPIES = ("fp32", "onednn", "bf16", "int8")  # what `optimize_for_cpu` makes
-BACKENDS = (*COPIES, "onnxruntime", "onnxruntime-int8")
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -44,346 +41,79 @@ def parse_args(argv=None) -> argparse.Namespace:
     add, positive = parser.add_argument, train.positive
     add("checkpoint", nargs="?", help="folder written by train.py, or a Hub name")
     add("--backbone", choices=sdser.SIZES, help="instead of a checkpoint: a built-in shape with random weights")
-    add("--head", choices=sdser.HEADS, default="gru", help="with --backbone: of the shallow exits (default gru)")
     add("--exits", type=int, nargs="+", metavar="K", help="default: all of the model's")
     add("--seconds", type=positive(float), nargs="+", default=[1.0, 3.0, 6.0], metavar="S", help="default 1 3 6")
     add("--threads", type=positive(int), nargs="+", metavar="N", help="default: 1, and as many as there are cores")
-    add("--backends", nargs="+", choices=BACKENDS, help="default: all that this machine has")
+    add("--backends", nargs="+", choices=BACKENDS, help="default: torch, and onnxruntime's if it is installed")
     add("--rounds", type=positive(int), default=20, metavar="N", help="timed runs of each, in turn (default 20)")
     add("--budget-ms", type=positive(float), metavar="MS", help="name the deepest exit that meets it in 95 %% of runs")
     add("--json", metavar="FILE", help="write the results as JSON")
     add("--plot", metavar="FILE", help="write a plot of the latencies (needs matplotlib)")
-    add("--export", metavar="FILE", help="write one exit as FILE.pt2, FILE.onnx or a folder, and measure nothing")
+    add("--export", metavar="FILE", help="write one exit as FILE.onnx, FILE.pt2 or a folder, and measure nothing")
     add("--exit", type=int, metavar="K", help="with --export (default: the deepest)")
-    add("--backend", default="fp32", metavar="B", help="with --export: fp32 (default), bf16 (.pt2) or int8 (.onnx)")
+    add("--backend", default="fp32", metavar="B", help=f"with --export: {shipped()} (default fp32)")
     args = parser.parse_args(argv)
     if (args.checkpoint is None) == (args.backbone is None):
         parser.error("give either a checkpoint or --backbone")
-    args.threads = args.threads or sorted({1, cores()})
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    args.threads = args.threads or sorted({1, cores})
     return args
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+# -- writing one exit as a file ---------------------------------------------------------------------------------------
+
+# What can be written under a name of that ending; one without an ending is a folder's.
+SHIPPED = {".onnx": ("fp32", "int8"), ".pt2": ("fp32", "bf16", "aoti", "aoti-bf16"), "": ("fp32", "transformers")}
 
 
-# -- fast inference on a CPU ------------------------------------------------------------------------------------------
+def shipped() -> str:
+    kinds = {".onnx": "an .onnx", ".pt2": "a .pt2", "": "a folder"}
+    return "; ".join(f"{kinds[ending]}: {', '.join(backends)}" for ending, backends in SHIPPED.items())
 
 
-class CPUCopy(sdser.MultiExitSER):
-    """What `optimize_for_cpu` returns: a model that answers, and can neither be truncated nor saved."""
-
-    backend: str  # the one of COPIES that it is
-
-    def truncate(self, exit: int):
-        raise ValueError("a copy for the CPU cannot be truncated: truncate the model first, then make the copy")
-
-    def save_pretrained(self, *_, **__):
-        raise ValueError("a copy for the CPU cannot be saved: save the model that it was made from")
-
-
-def optimize_for_cpu(model: sdser.MultiExitSER, backend: str = "auto") -> sdser.MultiExitSER:
-    """A copy for inference on this CPU; the original stays as it is. The copy cannot be trained, truncated or saved.
+def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str) -> None:
+    """Writes one exit as a file of its own, whole or not at all: raw waveform (1, T) at 16 kHz -> probabilities (1, C).
 
     Args:
-        backend:
-            fp32     torch's own kernels
-            onednn   weights packed for oneDNN, convolutions as matrix products, GELU fused; exact
-            bf16     onednn in bfloat16, for processors that compute in it (AVX-512 BF16, AMX, Arm)
-            int8     int8 linears, their inputs quantised as they come, and recurrence; the rest as bf16, or onednn
-            auto     the faster of the exact ones, fp32 and onednn, timed here for a second
+        backend: fp32; int8 for an .onnx; bf16 for a .pt2, or aoti and aoti-bf16, compiled by AOTInductor for this kind
+            of processor, which takes a C++ compiler and a minute; transformers for a folder that `transformers` loads.
+        path: ending in .onnx, .pt2, or without an ending the folder of a checkpoint.
     Raises:
-        ValueError: an unknown backend, or one that this machine lacks.
+        ValueError: for a pair that cannot be written, or a package that is missing, saying what is possible.
     """
-    if isinstance(model, CPUCopy):
-        raise ValueError("a copy for the CPU cannot be copied again: give the model it was made from")
-    if backend == "auto":
-        return fastest_exact(model)
-    if backend not in COPIES:
-        raise ValueError(f"backend {backend!r}: give one of {', '.join(COPIES)}, auto")
-    if backend in ("onednn", "bf16", "int8") and not torch.backends.mkldnn.is_available():
-        raise ValueError(f"backend {backend}: this build of torch lacks oneDNN; use fp32")
-    if backend == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        raise ValueError("backend bf16: this processor does not compute in bfloat16; use onednn or int8")
-
-    # The copy shares the matrices' memory until it packs them; those shared in the end get memory of their own.
-    values = ((id(p), p.detach().cpu()) for p in model.parameters())
-    shared = {key: nn.Parameter(p if p.ndim > 1 else p.clone(), requires_grad=False) for key, p in values}
-    fast = copy.deepcopy(model, shared).eval()
-    fast.__class__, fast.backend = CPUCopy, backend
-    position = fast.backbone.encoder.pos_conv_embed
-    position.conv = fold_weight_norm(position.conv)
-    if backend in ("onednn", "bf16", "int8"):
-        pack(fast, backend)
-    for parameter in fast.parameters():
-        parameter.data = parameter.data.clone()
-    return fast
-
-
-def fold_weight_norm(conv: nn.Conv1d) -> nn.Conv1d:
-    """The position convolution with the weights that its weight norm works out anew at every call."""
-    folded = nn.utils.skip_init(
-        nn.Conv1d, conv.in_channels, conv.out_channels, conv.kernel_size, padding=conv.padding, groups=conv.groups
-    ).requires_grad_(False)
-    folded.weight.data, folded.bias.data = conv.weight.detach().clone(), conv.bias.detach()
-    return folded
+    check_export(backend, path)
+    small, ending = model.truncate(exit).requires_grad_(False), Path(path).suffix.lower()
+    if backend == "transformers":
+        return write_transformers(small, path)
+    if not ending:
+        return small.save_pretrained(path)
+    # weight norm would be worked out anew at every call
+    nn.utils.parametrize.remove_parametrizations(small.backbone.encoder.pos_conv_embed.conv, "weight")
+    if backend.endswith("bf16"):
+        small.backbone.bfloat16()
+    waveform, any_length = torch.randn(1, 3 * sdser.SAMPLE_RATE), ({1: torch.export.Dim.DYNAMIC},)
+    with tempfile.TemporaryDirectory() as folder:
+        fresh = os.path.join(folder, f"model{ending}")
+        with exporting():
+            program = torch.export.export(Shipped(small), (waveform,), dynamic_shapes=any_length)
+            if ending == ".onnx":
+                write_onnx(program, model.labels, fresh, backend)
+            elif not backend.startswith("aoti"):
+                torch.export.save(program, fresh, extra_files={"labels.json": json.dumps(model.labels)})
+        if backend.startswith("aoti"):
+            torch._inductor.aoti_compile_and_package(program, package_path=fresh, inductor_configs={"freezing": True})
+        with sdser.replacing(path) as file, open(fresh, "rb") as source:
+            shutil.copyfileobj(source, file)
 
 
-def pack(fast: sdser.MultiExitSER, backend: str) -> None:
-    """Puts the packed parts below in the place of the model's own."""
-    backbone, config = fast.backbone, fast.backbone.config
-    # The residual stream adds up in float32. Convolutions stay out of int8, which their activations outrange: in a
-    # trained model it changed every other label.
-    precision = {"onednn": torch.float32, "bf16": torch.bfloat16, "int8": torch.qint8}[backend]
-    half = backend != "onednn" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    dtype = torch.bfloat16 if half else torch.float32
-    layers, position = backbone.feature_extractor.conv_layers, backbone.encoder.pos_conv_embed
-    for i, layer in enumerate(layers):
-        group_norm = i == 0 and config.feat_extract_norm == "group"
-        layers[i] = (NormalizedConv if group_norm else MatrixConv)(layer, dtype)
-    position.conv = FourierConv(position.conv)
-
-    projection = backbone.feature_projection
-    projection.projection = PackedLinear(projection.projection, precision)
-    for layer in backbone.encoder.layers:
-        feed_forward, gelu = layer.feed_forward, config.hidden_act == "gelu"
-        feed_forward.intermediate_dense = PackedLinear(feed_forward.intermediate_dense, precision, gelu=gelu)
-        feed_forward.intermediate_act_fn = nn.Identity() if gelu else feed_forward.intermediate_act_fn
-        feed_forward.output_dense = PackedLinear(feed_forward.output_dense, precision)
-        if config.model_type != "wavlm":
-            layer.attention = PackedAttention(layer.attention, precision)
-        elif half:
-            layer.attention = HalfAttention(layer.attention)
-    for head in fast.heads.values():
-        if head.kind in ("gru", "lstm") and backend == "int8":
-            with warnings.catch_warnings(category=DeprecationWarning, action="ignore"):
-                torch.ao.quantization.quantize_dynamic(head, {nn.GRU, nn.LSTM}, torch.qint8, inplace=True)
-        elif head.kind == "gru":
-            head.rnn = PackedGRU(head.rnn, precision)
-        elif head.kind == "lstm" and half:
-            head.rnn = HalfLSTM(head.rnn)
-
-
-def fastest_exact(model: sdser.MultiExitSER) -> sdser.MultiExitSER:
-    """Of the exact backends, the copy that classifies 3 s of noise fastest."""
-    if not torch.backends.mkldnn.is_available():
-        return optimize_for_cpu(model, "fp32")
-    copies = [optimize_for_cpu(model, backend) for backend in ("fp32", "onednn")]
-    best, stop = [math.inf] * len(copies), time.perf_counter() + 1
-    noise = torch.randn(1, 3 * sdser.SAMPLE_RATE)
-    while time.perf_counter() < stop or math.isinf(best[0]):
-        for i, fast in enumerate(copies):
-            best[i] = min(best[i], fast.classify(noise[0])[0].milliseconds)
-    return copies[best.index(min(best))]
-
-
-class PackedLinear(nn.Module):
-    """A linear layer, and GELU if asked, its weight laid out for the kernel of one precision.
-
-    Its output is in float32, or bfloat16 if that is the precision. The operators are those that torch.compile calls.
-    """
-
-    def __init__(self, linear: nn.Linear, precision: torch.dtype, gelu: bool = False):
-        super().__init__()
-        self.precision, self.gelu, weight = precision, gelu, linear.weight  # (out, in)
-        if precision == torch.qint8:
-            scale = weight.abs().amax(1).clamp(min=1e-12).double() / 127  # one for each output
-            zero = torch.zeros_like(scale, dtype=torch.int64)
-            weight = torch.quantize_per_channel(weight, scale, zero, 0, torch.qint8)
-            self.packed = torch.ops.quantized.linear_prepack(weight, linear.bias)
-        else:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(precision).contiguous(), 150)  # rows
-            self.bias = None if linear.bias is None else linear.bias.to(precision)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.precision == torch.qint8:
-            x = torch.ops.quantized.linear_dynamic(x.float(), self.packed, reduce_range=True)
-            return torch.ops.aten.gelu_(x) if self.gelu else x
-        kind = "gelu" if self.gelu else "none"
-        return torch.ops.mkldnn._linear_pointwise(x.to(self.precision), self.packed, self.bias, kind, [], "none")
-
-
-def linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """The layer of this weight (out, in) and bias."""
-    layer = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), bias=bias is not None, dtype=weight.dtype)
-    layer.weight.data = weight.detach()
-    if bias is not None:
-        layer.bias.data = bias.detach()
-    return layer.requires_grad_(False)
-
-
-class MatrixConv(nn.Module):
-    """A layer of the convolutional encoder as a matrix product: stored time by channel, each window is a row."""
-
-    def __init__(self, layer: nn.Module, dtype: torch.dtype):
-        super().__init__()
-        self.kernel, self.stride, self.dtype = layer.conv.kernel_size[0], layer.conv.stride[0], dtype
-        self.norm = getattr(layer, "layer_norm", None)
-        weight = layer.conv.weight.transpose(1, 2).flatten(1)  # (out, kernel * channels)
-        self.product = PackedLinear(linear(weight, layer.conv.bias), dtype, gelu=self.norm is None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.transpose(1, 2).contiguous().to(self.dtype)  # (B, T, channels), as the layer before has left it
-        batch, size, channels = x.shape
-        shape = (batch, (size - self.kernel) // self.stride + 1, self.kernel * channels)
-        x = self.product(x.as_strided(shape, (size * channels, self.stride * channels, 1)))  # (B, frames, out)
-        return (x if self.norm is None else F.gelu(self.norm(x))).transpose(1, 2)  # (B, out, frames)
-
-
-class NormalizedConv(nn.Module):
-    """The first layer of "base" models, convolution, GroupNorm over time, GELU, in one pass over its large output.
-
-    Convolution is linear: mean and covariance of its windows, a few samples wide, give mean and variance of its
-    outputs, so that the norm becomes a scale and a shift of the weights.
-    """
-
-    def __init__(self, layer: nn.Module, dtype: torch.dtype):
-        super().__init__()
-        self.conv, self.layer_norm, self.activation = layer.conv, layer.layer_norm, layer.activation
-        self.dtype = dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) > 1:
-            return self.activation(self.layer_norm(self.conv(x)))
-        windows = x[0, 0].unfold(-1, self.conv.kernel_size[0], self.conv.stride[0])  # (frames, kernel)
-        weight, norm = self.conv.weight[:, 0].double(), self.layer_norm  # (out, kernel)
-        mean = windows.double().mean(0)
-        covariance = torch.cov(windows.double().T, correction=0)
-        variance = ((weight @ covariance) * weight).sum(1)  # (out,)
-        weight = weight * (norm.weight * torch.rsqrt(variance + norm.eps))[:, None]
-        bias = norm.bias - weight @ mean  # the convolution's own bias is in the mean, and cancels
-        windows, weight, bias = (t.to(self.dtype).contiguous() for t in (windows, weight, bias))
-        x = torch.ops.mkldnn._linear_pointwise(windows, weight, bias, "gelu", [], "none")
-        return x.T[None]  # (1, out, frames)
-
-
-class FourierConv(nn.Module):
-    """The position convolution, with its long kernel, as products of spectra, in float32 and in overlapping blocks."""
-
-    def __init__(self, conv: nn.Conv1d):
-        super().__init__()
-        self.kernel, self.padding, self.groups = conv.kernel_size[0], conv.padding[0], conv.groups
-        self.n = 5 * self.kernel // 2  # samples of a block, of which kernel - 1 overlap the next
-        weight = conv.weight.unflatten(0, (self.groups, -1)).flip(-1)  # (groups, out, in, kernel)
-        self.spectrum = torch.fft.rfft(weight, self.n).permute(3, 0, 2, 1).contiguous()  # (F, groups, in, out)
-        self.bias = conv.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        frames, step = x.shape[2] + 2 * self.padding - self.kernel + 1, self.n - self.kernel + 1  # x: (B, D, T)
-        blocks = -(-frames // step)
-        x = F.pad(x, (self.padding, blocks * step + self.kernel - 1 - self.padding - x.shape[2]))
-        x = torch.fft.rfft(x.unfold(2, self.n, step))  # (B, D, blocks, F)
-        x = x.unflatten(1, (self.groups, -1)).permute(4, 1, 0, 3, 2)  # (F, groups, B, blocks, in)
-        y = (x.flatten(2, 3) @ self.spectrum).unflatten(2, (-1, blocks))  # (F, groups, B, blocks, out)
-        y = torch.fft.irfft(y.permute(2, 1, 4, 3, 0), self.n)[..., self.kernel - 1 :]  # (B, groups, out, blocks, step)
-        return y.flatten(3).flatten(1, 2)[..., :frames] + self.bias[:, None]
-
-
-class PackedAttention(nn.Module):
-    """Self-attention of wav2vec 2.0 and HuBERT, with one product for queries, keys and values."""
-
-    def __init__(self, attention: nn.Module, precision: torch.dtype):
-        super().__init__()
-        query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
-        weight = torch.cat([query.weight * attention.scaling, key.weight, value.weight])
-        bias = torch.cat([query.bias * attention.scaling, key.bias, value.bias])
-        self.project, self.heads = PackedLinear(linear(weight, bias), precision), attention.num_heads
-        self.out = PackedLinear(attention.out_proj, precision)
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_) -> tuple[Tensor, None]:
-        x = self.project(hidden_states).unflatten(-1, (3, self.heads, -1))  # (B, T, 3, heads, D / heads)
-        query, key, value = x.transpose(1, 3).unbind(2)  # (B, heads, T, D / heads)
-        if x.dtype == torch.bfloat16 and attention_mask is None and x.shape[1] < 1000:
-            x = (query @ key.mT).softmax(-1) @ value  # faster than torch's fused kernel in bfloat16, but T² of memory
-        else:
-            x = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=1.0)
-        return self.out(x.transpose(1, 2).flatten(2)), None
-
-
-class HalfAttention(nn.Module):
-    """WavLM's attention, a function of torch's own, in bfloat16."""
-
-    def __init__(self, attention: nn.Module):
-        super().__init__()
-        self.attention = attention.bfloat16()
-
-    def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple:
-        return self.attention(hidden_states.bfloat16(), *args, **kwargs)
-
-
-class PackedGRU(nn.Module):
-    """One layer of nn.GRU, batch first, from a zero state; its state adds up in float32."""
-
-    def __init__(self, gru: nn.GRU, precision: torch.dtype):
-        super().__init__()
-        self.project = PackedLinear(linear(gru.weight_ih_l0, gru.bias_ih_l0), precision)
-        self.recur = PackedLinear(linear(gru.weight_hh_l0, gru.bias_hh_l0), precision)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return scripted_gru()(self.project(x).float(), self.recur.packed, self.recur.bias), None
-
-
-def run_gru(projected: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What each frame adds to the two gates and the new state, (B, T, 3 D), and the packed recurrence -> (B, T, D)."""
-    width = projected.shape[2] // 3
-    states = [projected.new_zeros(projected.shape[0], width)]
-    for frame in projected.unbind(1):  # (B, 3 D)
-        state = states[-1].to(bias.dtype)
-        recurrent = torch.ops.mkldnn._linear_pointwise(state, weight, bias, "none", [], "none").float()
-        reset, update = (frame[:, : 2 * width] + recurrent[:, : 2 * width]).sigmoid_().chunk(2, -1)
-        new = torch.addcmul(frame[:, 2 * width :], reset, recurrent[:, 2 * width :]).tanh_()
-        states.append(new.lerp_(states[-1], update))
-    return torch.stack(states[1:], 1)
-
-
-@functools.cache
-def scripted_gru():
-    """`run_gru` as TorchScript: 299 steps of a 6 s clip take 28 ms instead of 40, of which Python was the rest."""
-    with warnings.catch_warnings(action="ignore"):  # deprecated, but no other loop runs without Python
-        return torch.jit.script(run_gru)
-
-
-class HalfLSTM(nn.Module):
-    """nn.LSTM, batch first, in bfloat16."""
-
-    def __init__(self, lstm: nn.LSTM):
-        super().__init__()
-        self.lstm = lstm.bfloat16()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self.lstm(x.bfloat16())[0].float(), None
-
-
-# -- the model and its clips ------------------------------------------------------------------------------------------
-
-
-def load_model(args) -> sdser.MultiExitSER:
-    if args.checkpoint:
-        model = sdser.MultiExitSER.from_pretrained(args.checkpoint)
-    else:
-        labels = ["anger", "disgust", "fear", "guilt", "happiness", "sadness", "surprise"]  # the paper's
-        torch.manual_seed(0)
-        model = sdser.MultiExitSER(labels, args.backbone, args.exits, args.head).eval()
-    for exit in args.exits or []:
-        model.check_exit(exit)
-    return model
-
-
-def load_clips(args) -> list[Tensor]:
-    """Eight waveforms (T,): the checkpoint's own test clips where they are at hand, else synthetic voices."""
-    split = Path(args.checkpoint or "", "split.csv")
-    if args.checkpoint and split.is_file():
-        with contextlib.suppress(OSError, ValueError):
-            test = [clip.path for clip in train.load_corpus(split) if clip.split == "test"]
-            return [sdser.read_clip(path) for path in test[:: math.ceil(len(test) / 8)]]
-    rng = np.random.default_rng(0)
-    voices = [train.synthesize(prosody, pitch, 1.0, rng) for prosody in train.PROSODY.values() for pitch in (110, 200)]
-    return [torch.from_numpy(voice) for voice in voices]
-
-
-# -- one file to ship -------------------------------------------------------------------------------------------------
-
-SHIPPED = {".pt2": ("fp32", "bf16"), ".onnx": ("fp32", "int8"), "": ("fp32",)}  # ending -> precisions; "": a folder
+def check_export(backend: str, path: str) -> None:
+    ending = Path(path).suffix.lower()
+    if backend not in SHIPPED.get(ending, ()):
+        raise ValueError(f"{path}: cannot hold {backend}; there are {shipped()}")
+    if ending == ".onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(f"{path}: writing it needs {package}: pip install onnx onnxscript onnxruntime")
 
 
 class Shipped(nn.Module):
@@ -400,42 +130,7 @@ class Shipped(nn.Module):
         return self.model(waveform)[0].logits.softmax(-1)
 
 
-def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str) -> None:
-    """Writes one exit as a file of its own, whole or not at all.
-
-    Args:
-        backend: fp32; bf16 for a .pt2; int8 for an .onnx.
-        path: ending in .pt2 (torch.export.load), .onnx (onnxruntime), or the folder of a checkpoint (from_pretrained).
-    Raises:
-        ValueError: for a pair that cannot be written, or a package that is missing, saying what is possible.
-    """
-    ending = Path(path).suffix.lower()
-    if backend not in SHIPPED.get(ending, ()):
-        raise ValueError(f"{path}: {backend} cannot be written so; a .pt2 holds fp32 or bf16, an .onnx fp32 or int8, "
-                         "a folder, whose name has no ending, fp32")  # fmt: skip
-    small = model.truncate(exit)
-    if not ending:
-        return small.save_pretrained(path)
-    small.requires_grad_(False)
-    position = small.backbone.encoder.pos_conv_embed
-    position.conv = fold_weight_norm(position.conv)
-    if backend == "bf16":
-        small.backbone.bfloat16()
-    with tempfile.TemporaryDirectory() as folder, exporting():
-        fresh = Path(folder, f"model{ending}")
-        program = torch.export.export(
-            Shipped(small), (torch.randn(1, 3 * sdser.SAMPLE_RATE),), dynamic_shapes=({1: torch.export.Dim.DYNAMIC},)
-        )
-        if ending == ".pt2":
-            torch.export.save(program, fresh, extra_files={"labels.json": json.dumps(model.labels)})
-        else:
-            write_onnx(program, model.labels, fresh, backend)
-        with sdser.replacing(path) as file, open(fresh, "rb") as source:
-            shutil.copyfileobj(source, file)
-
-
-def write_onnx(program: torch.export.ExportedProgram, labels: list[str], path: Path, backend: str) -> None:
-    onnxruntime()
+def write_onnx(program: torch.export.ExportedProgram, labels: list[str], path: str, backend: str) -> None:
     names = dict(input_names=["waveform"], output_names=["probabilities"])
     onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     onnx_program.model.metadata_props["labels"] = json.dumps(labels)
@@ -443,9 +138,30 @@ def write_onnx(program: torch.export.ExportedProgram, labels: list[str], path: P
     if backend == "int8":  # the matrix products alone: onnxruntime's int8 convolutions are slower than float32
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
-        # 7-bit weights: on processors with AVX2 and no VNNI, products of 8-bit signed numbers saturate.
+        # 7-bit weights: on processors with AVX2 and no VNNI, products of 8-bit signed numbers saturate
         types = dict(op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8, reduce_range=True)
         quantize_dynamic(path, path, **types)
+
+
+def write_transformers(small: sdser.MultiExitSER, path: str) -> None:
+    """A folder for `pipeline("audio-classification")`: with a mean head, the exit is `ForSequenceClassification`.
+
+    Its projector is linear, so that projecting and averaging over frames may change places.
+    """
+    if small.head_kinds != ["mean"] or small.tile_seconds:
+        raise ValueError(f"{path}: transformers has only mean heads, on clips that are not tiled, and this exit's is "
+                         f"{small.head_kinds[0]}; write an .onnx")  # fmt: skip
+    config = type(small.backbone.config)(**small.backbone.config.to_dict())
+    config.id2label = dict(enumerate(small.labels))
+    config.label2id = {label: i for i, label in config.id2label.items()}
+    config.classifier_proj_size = 256
+    model = transformers.AutoModelForAudioClassification.from_config(config)
+    model.base_model.load_state_dict(small.backbone.state_dict())
+    model.projector.load_state_dict(small.heads[str(small.exits[0])].projector.state_dict())
+    model.classifier.load_state_dict(small.heads[str(small.exits[0])].classifier.state_dict())
+    model.save_pretrained(path)
+    transformers.Wav2Vec2FeatureExtractor(do_normalize=config.do_normalize).save_pretrained(path)
+    warnings.warn("in transformers, padding can change answers: give it one clip at a time", stacklevel=2)
 
 
 @contextlib.contextmanager
@@ -464,202 +180,211 @@ def exporting():
         logging.disable(level)
 
 
-def onnxruntime():
-    """The package, if what an ONNX file needs is installed."""
+# -- running a file ---------------------------------------------------------------------------------------------------
+
+# Each gives a function from a waveform (1, T) float32 to probabilities (1, C), both numpy. They import what they need,
+# so that a process of its own can run one and nothing else.
+
+
+def load_torch(path: str, threads: int):
+    import torch
+
+    import sdser
+
+    torch.set_num_threads(threads)
+    model = sdser.MultiExitSER.from_pretrained(path)
+
+    def run(waveform):
+        return [list(model.classify(waveform[0])[0].probabilities.values())]
+
+    return run
+
+
+def load_pt2(path: str, threads: int):
+    import torch
+
+    torch.set_num_threads(threads)
     try:
-        import onnx  # noqa: F401
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"ONNX needs {error.name}: pip install onnx onnxscript onnxruntime") from None
-    return onnxruntime
+        program = torch._inductor.aoti_load_package(path)  # of aoti
+    except RuntimeError:
+        program = torch.export.load(path).module()
+
+    def run(waveform):
+        with torch.inference_mode():
+            return program(torch.from_numpy(waveform)).numpy()
+
+    return run
 
 
-def runner(path: str, backend: str, threads: int):
-    """A function from a waveform (1, T) to probabilities (1, C) that runs an exported file."""
-    if path.endswith(".onnx"):
-        options = onnxruntime().SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = threads, 3  # errors
-        session = onnxruntime().InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        return lambda waveform: torch.from_numpy(session.run(None, {"waveform": waveform.numpy()})[0])
-    if path.endswith(".pt2"):
-        with warnings.catch_warnings(action="ignore"):  # about its own buffers
-            return torch.export.load(path).module()
-    return Shipped(optimize_for_cpu(sdser.MultiExitSER.from_pretrained(path), backend))
+def load_onnxruntime(path: str, threads: int):
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3  # errors alone
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda waveform: session.run(None, {"waveform": waveform})[0]
 
 
-@torch.inference_mode()
-def largest_change(exact, run, clips: list[Tensor]) -> float:
-    """Of any class probability, over the clips (T,)."""
-    return max((run(clip[None]) - exact(clip[None])).abs().max().item() for clip in clips)
+def load_openvino(path: str, threads: int):
+    import openvino
+
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": threads})
+    return lambda waveform: compiled({"waveform": waveform})[0]
 
 
-def file_megabytes(path: str) -> float:
-    path = Path(path, "model.safetensors") if os.path.isdir(path) else Path(path)
-    return path.stat().st_size / 1e6
-
-
-USE = {
-    ".pt2": "torch.export.load(path).module()(waveform), waveform (1, T) float32 at 16 kHz, at least 720 samples",
-    ".onnx": 'onnxruntime.InferenceSession(path).run(None, {"waveform": waveform}), (1, T) float32 at 16 kHz',
-    "": "sdser.MultiExitSER.from_pretrained(path).classify(clips)",
+# What the table has rows for: how the file is run, its ending, and how it is exported.
+BACKENDS = {
+    "torch": (load_torch, "", "fp32"),
+    "pt2": (load_pt2, ".pt2", "fp32"),
+    "aoti": (load_pt2, ".pt2", "aoti"),
+    "aoti-bf16": (load_pt2, ".pt2", "aoti-bf16"),
+    "onnxruntime": (load_onnxruntime, ".onnx", "fp32"),
+    "onnxruntime-int8": (load_onnxruntime, ".onnx", "int8"),
+    "openvino": (load_openvino, ".onnx", "fp32"),
 }
 
 
-def ship(model: sdser.MultiExitSER, args) -> None:
-    """Writes the file, loads it back, and tells how far it is from the model."""
-    exit, path = model.exits[-1] if args.exit is None else model.check_exit(args.exit), args.export
-    export(model, exit, args.backend, path)
-    clips = load_clips(args)
-    change = largest_change(Shipped(model.truncate(exit)), runner(path, "fp32", cores()), clips)
-    print(f"{path}: exit {exit}, {args.backend}, {file_megabytes(path):.1f} MB, labels {', '.join(model.labels)}")
-    print(f"loaded back and run on {len(clips)} clips: no probability differs by more than {change:.1e}")
-    print(f"use: {USE[Path(path).suffix.lower()]}")
+def load_clips(checkpoint: str | None) -> list[np.ndarray]:
+    """Eight waveforms (1, T): the checkpoint's own test clips where they are at hand, else synthetic voices."""
+    split = Path(checkpoint or "", "split.csv")
+    if checkpoint and split.is_file():
+        with contextlib.suppress(OSError, ValueError):
+            test = [clip.path for clip in train.load_corpus(split) if clip.split == "test"]
+            return [sdser.read_clip(path)[None].numpy() for path in test[:: math.ceil(len(test) / 8)]]
+    rng, voices = np.random.default_rng(0), []
+    for prosody in train.PROSODY.values():
+        voices += [train.synthesize(prosody, pitch, 1.0, rng)[None] for pitch in (110, 200)]
+    return voices
+
+
+def largest_change(model: sdser.MultiExitSER, exit: int, run, clips: list[np.ndarray]) -> float:
+    """Of any class probability, over the clips."""
+    changes = []
+    for clip in clips:
+        exact = list(model.classify(clip[0], exit=exit)[0].probabilities.values())
+        changes.append(np.abs(np.array(run(clip)[0]) - exact).max())
+    return float(max(changes))
+
+
+def megabytes(path: str) -> float:
+    files = Path(path).glob("*.safetensors") if os.path.isdir(path) else [Path(path)]
+    return sum(file.stat().st_size for file in files) / 1e6
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
 
-# What a process does whose memory is measured: it loads one file, and answers once.
-ANSWER = {
-    ".onnx": """
-import sys, numpy, onnxruntime
-path, backend, samples, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-options = onnxruntime.SessionOptions()
-options.intra_op_num_threads, options.log_severity_level = threads, 3
-session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-session.run(None, {"waveform": 0.1 * numpy.random.randn(1, samples).astype("float32")})
-""",
-    "": """
-import sys, torch, benchmark_edge
-path, backend, samples, threads = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-torch.set_num_threads(threads)
-run = benchmark_edge.runner(path, backend, threads)
-with torch.inference_mode():
-    run(0.1 * torch.randn(1, samples))
-""",
-}
-STATUS = 'print(open("/proc/self/status").read())'
 
-
-def peak_megabytes(path: str, backend: str, samples: int, threads: int) -> float | None:
-    """Peak memory of a process that runs that file and nothing else; None where Linux does not tell it.
+def peak_megabytes(load, path: str, threads: int, samples: int) -> float | None:
+    """Peak memory of a process that runs that file and nothing else; None where the system does not tell.
 
     VmHWM rather than os.wait4's ru_maxrss, which is never less than what the process that starts it has taken.
     """
     if not os.path.exists("/proc/self/status"):
         return None
-    program = ANSWER[Path(path).suffix] + STATUS
-    command = [sys.executable, "-c", program, path, backend, str(samples), str(threads)]
+    program = f"{inspect.getsource(load)}\nimport sys, numpy\nrun = {load.__name__}(sys.argv[1], int(sys.argv[2]))\n"
+    program += (
+        "run(0.1 * numpy.random.randn(1, int(sys.argv[3])).astype('float32'))\nprint(open('/proc/self/status').read())"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", program, path, str(threads), str(samples)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"{path}: a process that measures its memory failed ({done.stderr.strip()[-300:]})")
+        raise ValueError(f"{path}: the process that measures its memory failed: {done.stderr.strip().splitlines()[-1]}")
     return int(re.search(r"VmHWM:\s*(\d+)", done.stdout)[1]) / 1024
 
 
-@torch.inference_mode()
-def measure(runners: dict, args) -> dict:
+def measure(runs: dict, args) -> dict:
     """Milliseconds {(exit, backend, threads, seconds): [one a round]}.
 
     All are timed in turn, round by round, so that a drift of the machine hits all alike.
     """
-    waveforms = {seconds: 0.1 * torch.randn(1, round(seconds * sdser.SAMPLE_RATE)) for seconds in args.seconds}
-    times, ordered = defaultdict(list), sorted(runners, key=lambda key: key[2])  # by threads
+    waveforms, rng, times = {}, np.random.default_rng(0), defaultdict(list)
+    for seconds in args.seconds:
+        waveforms[seconds] = (0.1 * rng.normal(size=(1, round(seconds * sdser.SAMPLE_RATE)))).astype(np.float32)
     for round_ in train.progress(range(-2, args.rounds), "timing", args.rounds + 2):  # the first two warm up
-        for exit, backend, threads in ordered:
+        for (exit, backend, threads), run in runs.items():
             torch.set_num_threads(threads)
             for seconds, waveform in waveforms.items():
                 start = time.perf_counter()
-                runners[exit, backend, threads](waveform)
+                run(waveform)
                 if round_ >= 0:
                     times[exit, backend, threads, seconds].append(1000 * (time.perf_counter() - start))
-            if backend.startswith("onnxruntime"):
-                time.sleep(0.1)  # its threads go on spinning for a while, at the cost of whatever comes next
+            if backend not in ("torch", "pt2"):
+                time.sleep(0.05)  # its threads go on spinning for a while, at the cost of whatever comes next
     return times
-
-
-def available_backends() -> list[str]:
-    found = ["fp32"]
-    if torch.backends.mkldnn.is_available():
-        found += ["onednn", *(["bf16"] if torch.ops.mkldnn._is_mkldnn_bf16_supported() else []), "int8"]
-    with contextlib.suppress(ValueError):
-        onnxruntime()
-        found += ["onnxruntime", "onnxruntime-int8"]
-    return found
 
 
 def benchmark(model: sdser.MultiExitSER, args) -> dict:
     """Everything that is measured, as it goes into the JSON."""
-    backends, exits, clips = args.backends or available_backends(), args.exits or model.exits, load_clips(args)
+    onnx = all(importlib.util.find_spec(package) for package in ("onnx", "onnxscript", "onnxruntime"))
+    backends = args.backends or ["torch", *(["onnxruntime", "onnxruntime-int8"] if onnx else [])]
+    clips, runs, facts = load_clips(args.checkpoint), {}, {}
     samples = round(max(args.seconds) * sdser.SAMPLE_RATE)
     with tempfile.TemporaryDirectory() as folder:
-        runners, facts = {}, {}
-        pairs = [(exit, backend) for exit in exits for backend in backends]
-        for exit, backend in train.progress(pairs, "exporting", len(pairs)):
-            onnx, precision = backend.startswith("onnxruntime"), "int8" if backend == "onnxruntime-int8" else "fp32"
-            path = os.path.join(folder, f"{exit}-{precision}.onnx" if onnx else str(exit))
+        cells = [(exit, backend) for exit in args.exits or model.exits for backend in backends]
+        for exit, backend in train.progress(cells, "exporting", len(cells)):
+            load, ending, precision = BACKENDS[backend]
+            path = os.path.join(folder, f"{exit}-{precision}{ending}")
             if not os.path.exists(path):
                 export(model, exit, precision, path)
             for threads in args.threads:
-                runners[exit, backend, threads] = runner(path, backend, threads)
-            small = model.truncate(exit)
+                runs[exit, backend, threads] = load(path, threads)
             facts[exit, backend] = {
-                "peak_rss_mb": peak_megabytes(path, backend, samples, max(args.threads)),
-                "parameters": sum(p.numel() for p in small.parameters()),
-                "size_mb": file_megabytes(path),
-                "max_probability_change": largest_change(Shipped(small), runners[exit, backend, threads], clips),
+                "peak_rss_mb": peak_megabytes(load, path, max(args.threads), samples),
+                "parameters": evaluate.count_parameters(model, exit, [exit]),
+                "size_mb": megabytes(path),
+                "max_probability_change": largest_change(model, exit, runs[exit, backend, args.threads[0]], clips),
             }
-        times = measure(runners, args)
-    rows = []
+        times, rows = measure(runs, args), []
     for (exit, backend, threads, seconds), milliseconds in times.items():
         p50, p95 = np.percentile(milliseconds, [50, 95])
         macs = evaluate.count_macs(model, round(seconds * sdser.SAMPLE_RATE), exit)
         rows.append({"exit": exit, "backend": backend, "seconds": seconds, "threads": threads, "p50_ms": p50,
                      "p95_ms": p95, "macs": macs, **facts[exit, backend]})  # fmt: skip
-    return {"machine": describe_machine(), "rows": rows}
-
-
-def describe_machine() -> dict:
     name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        name = found[1] if found else name
-    return {"cpu": name, "cores": cores(), "torch": torch.__version__}
+    with contextlib.suppress(OSError, TypeError):
+        name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]
+    return {"machine": {"cpu": name, "cores": os.cpu_count(), "torch": torch.__version__}, "rows": rows}
 
 
-# -- the report -------------------------------------------------------------------------------------------------------
+# -- the report, the plot ---------------------------------------------------------------------------------------------
 
 
 def report(results: dict, args) -> None:
-    """A table for each clip length and number of threads, and what to take from it."""
-    machine, rows = results["machine"], results["rows"]
+    """A table for each number of threads, and what to take from it."""
+    machine, cells = results["machine"], defaultdict(list)
+    for row in results["rows"]:
+        cells[row["threads"], row["exit"], row["backend"]].append(row)
     print(f"{args.checkpoint or args.backbone} on {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}")
     for threads in args.threads:
+        print(f"\nmilliseconds for one clip, median (95 %), {threads} thread(s), {args.rounds} runs")
+        lengths = "".join(f"{f'{seconds:g} s':>16}" for seconds in args.seconds)
+        print(f"exit  backend         {lengths}  peak MB  file MB  change")
+        for (count, exit, backend), rows in cells.items():
+            if count == threads:
+                times = "".join(f"{row['p50_ms']:8.1f} ({row['p95_ms']:5.1f})" for row in rows)
+                peak = f"{rows[0]['peak_rss_mb']:.0f}" if rows[0]["peak_rss_mb"] else "-"
+                print(f"{exit:4}  {backend:16}{times}  {peak:>7}  {rows[0]['size_mb']:7.1f}  "
+                      f"{rows[0]['max_probability_change']:.0e}")  # fmt: skip
+    print(
+        "\npeak MB: of a process that runs that file alone; change: the largest of any class probability on real clips"
+    )
+    for threads in args.threads if args.budget_ms else []:
         for seconds in args.seconds:
-            print(f"\n{seconds:g} s of audio, one clip at a time, {threads} thread(s), {args.rounds} runs")
-            print("exit  backend           median ms  95 % ms  peak MB  params M  file MB  change")
-            shown = [row for row in rows if (row["threads"], row["seconds"]) == (threads, seconds)]
-            for row in sorted(shown, key=lambda row: row["exit"]):
-                print(f"{row['exit']:4}  {row['backend']:16}  {row['p50_ms']:9.1f}  {row['p95_ms']:7.1f}  "
-                      f"{row['peak_rss_mb'] or math.nan:7.0f}  {row['parameters'] / 1e6:8.1f}  {row['size_mb']:7.1f}  "
-                      f"{row['max_probability_change']:.0e}")  # fmt: skip
-            if args.budget_ms:
-                print(fit_budget(shown, args.budget_ms))
-    print("\nchange: the largest of any class probability on real clips, against fp32")
-    print("peak MB: of a process that loads this exit alone and runs the longest clip; file MB: of what it loads")
+            shown = [row for row in results["rows"] if (row["threads"], row["seconds"]) == (threads, seconds)]
+            print(f"{seconds:g} s, {threads} thread(s): {fit_budget(shown, args.budget_ms)}")
 
 
 def fit_budget(rows: list[dict], milliseconds: float) -> str:
-    """The deepest exit that answers in time, by the backend that changes its probabilities least."""
+    """The deepest exit that answers in time, and the file that changes its probabilities least."""
     fits = [row for row in rows if row["p95_ms"] <= milliseconds]
     if not fits:
         best = min(rows, key=lambda row: row["p95_ms"])
         return f"nothing fits {milliseconds:g} ms; nearest is exit {best['exit']} by {best['backend']}"
     best = min(fits, key=lambda row: (-row["exit"], row["max_probability_change"]))
-    return f"the deepest exit within {milliseconds:g} ms in 95 % of runs: exit {best['exit']} by {best['backend']}"
-
-
-# -- the plot ---------------------------------------------------------------------------------------------------------
+    _, ending, precision = BACKENDS[best["backend"]]
+    return (f"exit {best['exit']} is the deepest within {milliseconds:g} ms, by {best['backend']}: "
+            f"--exit {best['exit']} --export model{ending} --backend {precision}")  # fmt: skip
 
 
 def plot(results: dict, args) -> None:
@@ -667,9 +392,8 @@ def plot(results: dict, args) -> None:
     pyplot, panels = evaluate.import_pyplot(), len(args.seconds)
     figure, axes = pyplot.subplots(1, panels, figsize=(1.5 + 3 * panels, 3.5), squeeze=False, layout="constrained")
     rows = [row for row in results["rows"] if row["threads"] == max(args.threads)]
-    backends = list(dict.fromkeys(row["backend"] for row in rows))
     for panel, seconds in zip(axes[0], args.seconds):
-        for i, backend in enumerate(backends):
+        for i, backend in enumerate(dict.fromkeys(row["backend"] for row in rows)):
             shown = [row for row in rows if (row["backend"], row["seconds"]) == (backend, seconds)]
             shown.sort(key=lambda row: row["exit"])
             style = dict(marker="osD^vP*X"[i % 8], linestyle=["-", "--", ":", "-."][i % 4], color=str(0.1 * (i % 6)))
@@ -681,21 +405,40 @@ def plot(results: dict, args) -> None:
     evaluate.save_figure(figure, args.plot)
 
 
+def ship(model: sdser.MultiExitSER, args) -> None:
+    """Writes the file, loads it back, and tells how far it is from the model."""
+    exit, path = model.exits[-1] if args.exit is None else model.check_exit(args.exit), args.export
+    export(model, exit, args.backend, path)
+    print(f"{path}: exit {exit}, {args.backend}, {megabytes(path):.1f} MB, labels {', '.join(model.labels)}")
+    if args.backend == "transformers":
+        return print(f'use: transformers.pipeline("audio-classification", model="{path}")')
+    load = {".onnx": load_onnxruntime, ".pt2": load_pt2, "": load_torch}[Path(path).suffix.lower()]
+    clips = load_clips(args.checkpoint)
+    change = largest_change(model, exit, load(path, max(args.threads)), clips)
+    print(f"loaded back and run on {len(clips)} clips: no probability differs by more than {change:.1e}")
+    print(f"how to run it: {load.__name__} in benchmark_edge.py, and docs/edge.md")
+
+
 def main(argv=None) -> None:
     args = parse_args(argv)
     with train.script():
-        for path in (args.json, args.plot):
-            if path:
-                train.check_writable(path)
+        for path in filter(None, (args.json, args.plot)):
+            train.check_writable(path)
         if args.plot:
             evaluate.import_pyplot()
-        if args.export and Path(args.export).suffix:
-            train.check_writable(args.export)
-        elif args.export and os.path.isdir(args.export) and os.listdir(args.export):
-            raise ValueError(f"--export {args.export}: holds files already; name a new folder")
-        elif args.export:
-            train.check_writable(args.export, folder=True)
-        model = load_model(args)
+        if args.export:
+            check_export(args.backend, args.export)
+            if os.path.isdir(args.export) and os.listdir(args.export):
+                raise ValueError(f"--export {args.export}: holds files already; name a new folder")
+            train.check_writable(args.export, folder=not Path(args.export).suffix)
+        if args.checkpoint:
+            model = sdser.MultiExitSER.from_pretrained(args.checkpoint)
+        else:
+            labels = ["anger", "disgust", "fear", "guilt", "happiness", "sadness", "surprise"]  # the paper's
+            torch.manual_seed(0)
+            model = sdser.MultiExitSER(labels, args.backbone, args.exits).eval()
+        for exit in args.exits or []:
+            model.check_exit(exit)
         if args.export:
             return ship(model, args)
         results = benchmark(model, args)

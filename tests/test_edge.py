@@ -1,5 +1,6 @@
 """Exported files stand alone and answer as the model does; the benchmark measures what it says."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import soundfile
 import torch
 from conftest import LABELS, build
+from transformers import AutoModelForAudioClassification, Wav2Vec2FeatureExtractor
 
 import benchmark_edge
 import evaluate
@@ -108,23 +110,75 @@ def test_a_folder_is_a_checkpoint_of_that_exit(tmp_path, capsys, model):
 
 
 def test_export_of_a_tiled_model_tiles(tmp_path, model):
-    model.tile_seconds, path = 0.5, str(tmp_path / "model.pt2")
+    model.tile_seconds, path = 0.5, str(tmp_path / "model.PT2")
     benchmark_edge.export(model, 1, "fp32", path)
-    run = benchmark_edge.runner(path, "fp32", 1)
+    run = benchmark_edge.load_pt2(path, 1)
     for samples in (3000, 8000, 9000):
         waveform = torch.randn(samples)
         [wanted] = model.classify([waveform], exit=1)
-        assert run(waveform[None])[0].tolist() == pytest.approx(list(wanted.probabilities.values()), abs=1e-5)
+        assert run(waveform[None].numpy())[0].tolist() == pytest.approx(list(wanted.probabilities.values()), abs=1e-5)
+
+
+PIPELINE = """
+import json, sys, numpy, transformers
+run = transformers.pipeline("audio-classification", model=sys.argv[1], top_k=None)
+print(json.dumps(run(numpy.load(sys.argv[2])[0])))
+assert "sdser" not in sys.modules
+"""
+
+
+def test_an_exit_with_a_mean_head_is_a_transformers_model(tmp_path, layout, capsys):
+    model = sharpen(build(layout, head="mean"))
+    with pytest.warns(UserWarning, match="padding"):
+        benchmark_edge.export(model, 2, "transformers", str(tmp_path / "exit"))
+    extractor = Wav2Vec2FeatureExtractor.from_pretrained(tmp_path / "exit")
+    theirs, clip = AutoModelForAudioClassification.from_pretrained(tmp_path / "exit"), 0.1 * torch.randn(1, 9000) + 0.1
+    inputs = extractor(clip[0].numpy(), sampling_rate=16_000, return_tensors="pt").input_values
+    with torch.no_grad():
+        found = theirs(inputs).logits.softmax(-1)
+    torch.testing.assert_close(found, probabilities(model, clip, 2), atol=2e-6, rtol=0)
+    assert list(theirs.config.id2label.values()) == LABELS
+
+
+def test_the_pipeline_of_transformers_runs_such_a_folder(tmp_path):
+    model, clip = sharpen(build(head="mean")), 0.1 * torch.randn(1, 9000)
+    model.save_pretrained(tmp_path / "run")
+    flags = ["--export", str(tmp_path / "exit"), "--exit", "2", "--backend", "transformers"]
+    with pytest.warns(UserWarning, match="padding"):
+        benchmark_edge.main([str(tmp_path / "run"), *flags])
+    np.save(tmp_path / "clip.npy", clip.numpy())
+    command = [sys.executable, "-c", PIPELINE, tmp_path / "exit", tmp_path / "clip.npy"]
+    answers = {row["label"]: row["score"] for row in json.loads(subprocess.check_output(command, cwd=tmp_path))}
+    [wanted] = model.classify(clip[0], exit=2)
+    assert answers == pytest.approx(wanted.probabilities, abs=2e-6)
+
+
+def test_other_heads_are_no_transformers_model(tmp_path, model):
+    with pytest.raises(ValueError, match="gru"):
+        benchmark_edge.export(model, 2, "transformers", str(tmp_path / "exit"))
+    assert not (tmp_path / "exit").exists()
+
+
+@pytest.mark.slow  # a minute of a C++ compiler
+def test_compiled_packages_take_any_length(tmp_path, model):
+    path = str(tmp_path / "model.pt2")
+    benchmark_edge.export(model, 2, "aoti", path)
+    run = benchmark_edge.load_pt2(path, 1)
+    for samples in (720, 3000, 20_000):
+        clip = torch.randn(1, samples)
+        assert np.abs(run(clip.numpy()) - probabilities(model, clip, 2).numpy()).max() < 1e-5
 
 
 def test_exports_are_checked_on_the_checkpoints_test_clips(tmp_path):
     soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(size=5000), 16_000)
     (tmp_path / "split.csv").write_text("path,label,speaker,split\na.wav,joy,x,test\nb.wav,joy,y,train\n")
-    [clip] = benchmark_edge.load_clips(benchmark_edge.parse_args([str(tmp_path)]))
-    assert len(clip) == 5000
+    [clip] = benchmark_edge.load_clips(str(tmp_path))
+    assert clip.shape == (1, 5000)
 
 
-@pytest.mark.parametrize(("name", "backend"), [("x.pt2", "int8"), ("x.onnx", "bf16"), ("x", "bf16"), ("x.pt", "fp32")])
+@pytest.mark.parametrize(
+    ("name", "backend"), [("x.pt2", "int8"), ("x.onnx", "transformers"), ("x", "bf16"), ("x.pt", "fp32")]
+)
 def test_pairs_that_cannot_be_written_are_refused(tmp_path, capsys, name, backend):
     path = tmp_path / name
     assert str(path) in refused(capsys, "--backbone", "tiny", "--export", path, "--backend", backend)
@@ -132,9 +186,8 @@ def test_pairs_that_cannot_be_written_are_refused(tmp_path, capsys, name, backen
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "onnxruntime" in refused(capsys, "--backbone", "tiny", "--export", tmp_path / "x.onnx")
-    assert not [name for name in benchmark_edge.available_backends() if name.startswith("onnx")]
 
 
 # -- the benchmark ----------------------------------------------------------------------------------------------------
@@ -143,7 +196,7 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
 def test_benchmark_of_a_checkpoint(tmp_path, capsys, model):
     pytest.importorskip("matplotlib")
     pytest.importorskip("onnxscript")
-    backends = ["fp32", "onnxruntime"]
+    backends = ["torch", "onnxruntime", "onnxruntime-int8"]
     model.save_pretrained(tmp_path / "run")
     flags = ["--exits", "2", "--seconds", "0.2", "0.3", "--threads", "1", "--rounds", "3", "--budget-ms", "60000"]
     flags += ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png"), "--backends", *backends]
@@ -156,8 +209,9 @@ def test_benchmark_of_a_checkpoint(tmp_path, capsys, model):
     for row in rows:
         assert (row["exit"], row["threads"], row["parameters"]) == (2, 1, parameters)
         assert row["macs"] == evaluate.count_macs(model, round(16_000 * row["seconds"]), 2)
-        assert 0 < row["p50_ms"] <= row["p95_ms"] and row["max_probability_change"] < 1e-5
-        assert 4 * parameters <= 1e6 * row["size_mb"] <= 4 * parameters + 300_000  # and a header, or a graph
+        int8 = row["backend"].endswith("int8")
+        assert 0 < row["p50_ms"] <= row["p95_ms"] and row["max_probability_change"] < (0.1 if int8 else 1e-5)
+        assert int8 or 4 * parameters <= 1e6 * row["size_mb"] <= 4 * parameters + 300_000  # and a header, or a graph
         assert 20 < row["peak_rss_mb"] < 5000
     assert rows[2]["peak_rss_mb"] < rows[0]["peak_rss_mb"]  # without torch
     assert "exit 2" in capsys.readouterr().out
@@ -165,12 +219,17 @@ def test_benchmark_of_a_checkpoint(tmp_path, capsys, model):
 
 def test_budget():
     rows = []
-    for exit, backend, ms, change in (3, "a", 55, 0.0), (3, "b", 25, 0.1), (12, "a", 75, 1e-7), (12, "b", 45, 0.2):
+    for exit, backend, ms, change in (
+        (3, "torch", 55, 0.0),
+        (3, "pt2", 25, 0.1),
+        (12, "torch", 75, 1e-7),
+        (12, "pt2", 45, 0.2),
+    ):
         rows.append({"exit": exit, "backend": backend, "p95_ms": ms, "max_probability_change": change})
-    assert "exit 12 by b" in benchmark_edge.fit_budget(rows, 60)
-    assert "exit 12 by a" in benchmark_edge.fit_budget(rows, 76)  # changes least
-    assert "exit 3 by b" in benchmark_edge.fit_budget(rows, 30)
-    assert "exit 3 by b" in benchmark_edge.fit_budget(rows, 10)  # nothing fits, this is nearest
+    assert "--exit 12 --export model.pt2" in benchmark_edge.fit_budget(rows, 60)
+    assert "--exit 12 --export model " in benchmark_edge.fit_budget(rows, 76)  # changes least
+    assert "--exit 3 --export model.pt2" in benchmark_edge.fit_budget(rows, 30)
+    assert "exit 3 by pt2" in benchmark_edge.fit_budget(rows, 10)  # nothing fits, this is nearest
 
 
 @pytest.mark.parametrize(
@@ -188,69 +247,3 @@ def test_budget():
 )
 def test_what_is_refused_before_any_work(capsys, flags, named):
     assert named in refused(capsys, *flags)
-
-
-# -- copies for the CPU: all below is about `optimize_for_cpu` and what it packs --------------------------------------
-
-# Of embeddings, relative: float32 rounding, 8 bits of mantissa, 8 and 7 bits of weights and activations.
-TOLERANCE = {"fp32": 1e-5, "onednn": 1e-5, "bf16": 0.05, "int8": 0.2}
-
-
-@pytest.fixture(params=TOLERANCE)
-def backend(request):
-    if request.param == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("no bfloat16 here")
-    return request.param
-
-
-@torch.no_grad()
-def embeddings(model, *args):
-    return torch.stack([output.embedding for output in model(*args)])  # (exits, B, D)
-
-
-def relative(found, wanted):
-    return ((found - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
-
-
-def test_a_copy_answers_as_the_model_does(layout, backend):
-    model = build(layout, exits=(1, 2, 3, 4), head=list(sdser.HEADS))
-    clip, batch, lengths = torch.randn(1, 9000), torch.randn(3, 8000), torch.tensor([8000, 500, 6000])
-    inputs = [(clip,), (batch, lengths), (batch,)]
-    before = [embeddings(model, *args) for args in inputs]
-    fast = benchmark_edge.optimize_for_cpu(model, backend)
-    after = [embeddings(fast, *args) for args in inputs]
-    for found, wanted in zip(after, before):
-        assert relative(found, wanted) < TOLERANCE[backend]
-    # the model is what it was: it answers the same and learns, and the copy does not learn with it
-    assert torch.equal(embeddings(model, clip), before[0]) and fast.backend == backend
-    model.train()(clip)[-1].logits.sum().backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(1)
-    assert torch.equal(embeddings(fast, clip), after[0])
-
-
-def test_the_first_layer_in_one_pass_holds_for_any_signal():
-    layer = build().backbone.feature_extractor.conv_layers[0].requires_grad_(False)
-    layer.layer_norm.weight.normal_()
-    layer.layer_norm.bias.normal_()
-    packed = benchmark_edge.NormalizedConv(layer, torch.float32)
-    for signal in (torch.randn(8000), torch.sin(torch.arange(8000) / 27) + 3, torch.zeros(8000)):
-        assert torch.allclose(packed(signal[None, None]), layer(signal[None, None]), atol=1e-4)
-
-
-def test_what_a_copy_cannot_do_is_refused(tmp_path, monkeypatch):
-    fast = benchmark_edge.optimize_for_cpu(build(), "auto")
-    assert fast.backend in ("fp32", "onednn")  # the exact ones
-    for forbidden in (
-        lambda: fast.save_pretrained(tmp_path / "x"),
-        lambda: fast.truncate(1),
-        lambda: benchmark_edge.optimize_for_cpu(fast),
-        lambda: benchmark_edge.optimize_for_cpu(build(), "fastest"),
-    ):
-        with pytest.raises(ValueError):
-            forbidden()
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="oneDNN"):
-        benchmark_edge.optimize_for_cpu(build(), "onednn")
-    assert not list(tmp_path.iterdir())
