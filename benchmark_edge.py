@@ -91,10 +91,14 @@ def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str) -> Non
     nn.utils.parametrize.remove_parametrizations(small.backbone.encoder.pos_conv_embed.conv, "weight")
     if backend.endswith("bf16"):
         small.backbone.bfloat16()
+    # A recurrent network that is not made a loop would keep the length of the clip that it is traced with.
+    from torch.export._patches import register_gru_while_loop_decomposition as gru_loop
+    from torch.export._patches import register_lstm_while_loop_decomposition as lstm_loop
+
     waveform, any_length = torch.randn(1, 3 * sdser.SAMPLE_RATE), ({1: torch.export.Dim.DYNAMIC},)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quietly():
         fresh = os.path.join(folder, f"model{ending}")
-        with exporting():
+        with gru_loop(), lstm_loop():
             program = torch.export.export(Shipped(small), (waveform,), dynamic_shapes=any_length)
             if ending == ".onnx":
                 write_onnx(program, model.labels, fresh, backend)
@@ -165,16 +169,12 @@ def write_transformers(small: sdser.MultiExitSER, path: str) -> None:
 
 
 @contextlib.contextmanager
-def exporting():
-    """For clips of any length, and without the exporters' remarks to their own developers."""
-    # A recurrent network that is not made a loop would keep the length of the clip that it is traced with.
-    from torch.export._patches import register_gru_while_loop_decomposition as gru_loop
-    from torch.export._patches import register_lstm_while_loop_decomposition as lstm_loop
-
+def quietly():
+    """Without gradients, and without the exporters' remarks to their own developers."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with torch.no_grad(), gru_loop(), lstm_loop(), warnings.catch_warnings(action="ignore"):
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
             yield
     finally:
         logging.disable(level)

@@ -40,8 +40,6 @@ from transformers.utils import cached_file
 
 SAMPLE_RATE = 16_000
 MAX_SECONDS = 60  # of a clip to classify: attention's memory grows with the square of the length
-TOLERANCE = 0.01  # seconds by which a header may promise more audio than there is
-CLIPS = "a path, a file object, a 1-D array of floats"  # what can be classified
 MIN_SAMPLES = 400  # one frame of the convolutional encoder, 25 ms
 HEADS = ("gru", "lstm", "attention", "mean")
 HUB = dict(library_name="sdser", paper_url="https://arxiv.org/abs/2210.14636", pipeline_tag="audio-classification")
@@ -130,14 +128,12 @@ def self_distillation_loss(
     teacher_logits, teacher_embedding = teacher.logits, teacher.embedding
     if detach_teacher:  # the gradient of KL and hint stops here
         teacher_logits, teacher_embedding = teacher_logits.detach(), teacher_embedding.detach()
-
-    def cross_entropy(logits):  # divided by B, whatever the weights, so that batches add up
-        return F.cross_entropy(logits, targets, class_weights, reduction="none").mean()
-
-    ce = cross_entropy(teacher.logits)  # CE(z_d, y)
+    # CE(z_d, y), divided by B whatever the weights, so that batches add up
+    ce = F.cross_entropy(teacher.logits, targets, class_weights, reduction="none").mean()
     ce_students = kl = hint = torch.zeros_like(ce.detach())
     for student in students:
-        ce_students = ce_students + cross_entropy(student.logits) / len(students)  # CE(z_k, y)
+        ce_k = F.cross_entropy(student.logits, targets, class_weights, reduction="none").mean()  # CE(z_k, y)
+        ce_students = ce_students + ce_k / len(students)
         if kl_weight:  # T² KL(softmax(z_d/T) ‖ softmax(z_k/T))
             log_p_student = F.log_softmax(student.logits / temperature, -1)
             log_p_teacher = F.log_softmax(teacher_logits / temperature, -1)
@@ -185,8 +181,6 @@ class Frames(NamedTuple):
 
 class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
     """A speech transformer with a classifier at several depths.
-
-    A new model is in training mode, one that `from_pretrained` loads in evaluation mode.
 
     Args:
         labels: class names, in the order of the logits.
@@ -248,9 +242,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
 
     def embed_frames(self, waveforms: Tensor, lengths: Tensor | None = None) -> Frames:
         """All that comes before the transformer layers: normalisation, CNN, projection, time mask, position."""
-        self.check_batch(waveforms, lengths)
-        if lengths is not None and (lengths == waveforms.shape[1]).all():
-            lengths = None  # nothing is padded
+        lengths = self.check_batch(waveforms, lengths)  # None where nothing is padded
         config, encoder = self.backbone.config, self.backbone.encoder
         valid = None if lengths is None else valid_mask(lengths, waveforms.shape[1])  # (B, samples)
         if config.do_normalize:
@@ -455,7 +447,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
             raise ValueError(f"tile_seconds {tile_seconds}: give a number from 0.025 to {MAX_SECONDS}, or None")
 
     @staticmethod
-    def check_batch(waveforms: Tensor, lengths: Tensor | None) -> None:
+    def check_batch(waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
             raise ValueError(f"waveforms must be a (B, T) float tensor, not {waveforms.dtype} {tuple(waveforms.shape)}")
         shortest = longest = size = waveforms.shape[1]
@@ -465,6 +457,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         if not one_each or shortest < MIN_SAMPLES or longest > size:
             raise ValueError(f"lengths {shortest} to {longest} in a batch {tuple(waveforms.shape)}: give one for each "
                              f"clip, from {MIN_SAMPLES} samples, one frame, to all of them")  # fmt: skip
+        return None if shortest == size else lengths
 
     def check_early_exit(self, threshold: float) -> None:
         if self.training:  # dropout and masks would decide
@@ -639,6 +632,9 @@ def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig) -
 # -- audio ------------------------------------------------------------------------------------------------------------
 
 
+TOLERANCE = 0.01  # seconds by which a header may promise more audio than there is
+
+
 def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor:
     """Reads an audio file, or a part of it, as a mono waveform at 16 kHz.
 
@@ -767,7 +763,9 @@ def read_clip(clip, tile_seconds: float | None = None, sample_rate: int = SAMPLE
         check_waveform(name, waveform)
     else:
         shape = f" {clip.dtype} of shape {tuple(clip.shape)}" if hasattr(clip, "dtype") else ""
-        raise ValueError(f"{type(clip).__name__}{shape}: pass {CLIPS}, or a list of these")
+        raise ValueError(
+            f"{type(clip).__name__}{shape}: pass a path, a file object, a 1-D array of floats, or a list of these"
+        )
     if len(waveform) > MAX_SECONDS * SAMPLE_RATE:
         raise ValueError(f"{name}: longer than the limit of {MAX_SECONDS} s; cut it into windows (see the README)")
     return waveform if tile_seconds is None else tile(waveform, round(tile_seconds * SAMPLE_RATE))

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +119,19 @@ def test_export_of_a_tiled_model_tiles(tmp_path, model):
         waveform = torch.randn(samples)
         [wanted] = model.classify([waveform], exit=1)
         assert run(waveform[None].numpy())[0].tolist() == pytest.approx(list(wanted.probabilities.values()), abs=1e-5)
+
+
+def test_the_lines_for_a_device_run_the_onnx(tmp_path, model):
+    """Those of docs/edge.md, in a process that imports neither torch nor this project."""
+    pytest.importorskip("onnxscript")
+    doc = (Path(__file__).parents[1] / "docs" / "edge.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```python\n(.*?)```", doc, re.DOTALL)
+    benchmark_edge.export(model, 2, "fp32", str(tmp_path / "model.onnx"))
+    soundfile.write(tmp_path / "clip.wav", 0.1 * np.random.default_rng(0).normal(size=9000), 16_000)
+    code = block + "import sys\nassert not {'torch', 'sdser'} & set(sys.modules)\n"
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True)
+    [wanted] = model.classify(tmp_path / "clip.wav", exit=2)
+    assert printed == f"{wanted.label} ({wanted.confidence:.2f})\n"
 
 
 PIPELINE = """
