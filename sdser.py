@@ -686,7 +686,9 @@ def open_audio(file):
     with file_errors(name, "damaged or cut short", "replace the file"):
         if sound.format == "MP3":
             content = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
-            declared = any(tag in content[: 2**16] for tag in (b"Xing", b"Info", b"VBRI"))
+            tag = content[:10]  # an ID3 tag, maybe, whose size is given in four times 7 bits
+            start = 10 + sum(tag[9 - i] << 7 * i for i in range(4)) if tag[:3] == b"ID3" else 0
+            declared = any(mark in content[start : start + 200] for mark in (b"Xing", b"Info", b"VBRI"))
             sound, length = Stream(io.BytesIO(content) if declared else Endless(content)), length if declared else None
         with sound:
             check_header(name, sound)

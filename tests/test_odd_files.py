@@ -26,6 +26,11 @@ def test_odd_files_are_read_whole_or_refused(real_speech, capfd):
         torch.testing.assert_close(part[1000:-1000], whole[9000 : 8000 + len(part) - 1000], atol=0.02, rtol=0)
     looked = train.look_at([train.Clip(str(odd / name), "joy", None) for name in seconds])
     assert [clip.seconds for clip in looked] == pytest.approx(list(seconds.values()), abs=0.01)
+    title = b"TIT2\0\0\0\x0c\0\0\x03Information"  # looks like the mark of a length, and is none
+    upload = io.BytesIO(
+        b"ID3\x04\0\0\0\0\0" + bytes([len(title)]) + title + (odd / "vbr_loud_first_noheader.mp3").read_bytes()
+    )
+    assert len(sdser.load_audio(upload)) / 16_000 == pytest.approx(11.34, abs=0.01)
     with pytest.raises(ValueError, match=r"unfinalised_data0\.wav: .*ffmpeg"):
         sdser.load_audio(odd / "unfinalised_data0.wav")
     assert capfd.readouterr().err == ""
