@@ -201,13 +201,16 @@ def load_torch(path: str, threads: int):
 
 
 def load_pt2(path: str, threads: int):
+    import warnings
+
     import torch
 
     torch.set_num_threads(threads)
-    try:
-        program = torch._inductor.aoti_load_package(path)  # of aoti
-    except RuntimeError:
-        program = torch.export.load(path).module()
+    with warnings.catch_warnings(action="ignore"):  # about its own buffers
+        try:
+            program = torch.export.load(path).module()
+        except Exception:  # of many kinds: a package that AOTInductor has compiled
+            program = torch._inductor.aoti_load_package(path)
 
     def run(waveform):
         with torch.inference_mode():

@@ -161,8 +161,7 @@ def compare(ours: Scored, theirs: Scored) -> list[dict]:
         for scored, answers in ((ours, predictions[exit]), (theirs, others[exit])):
             uars.append(sdser.unweighted_average_recall(scored.targets, answers, classes))
             draws.append(bootstrap(scored.targets, answers[None], speakers_or_clips(scored.clips), classes)[0])
-        rows.append({"exit": exit, "difference": uars[0] - uars[1], "ci95": interval(draws[0] - draws[1]),
-                     "against_uar": uars[1], "against_uar_ci95": interval(draws[1])})  # fmt: skip
+        rows.append({"exit": exit, "difference": uars[0] - uars[1], "ci95": interval(draws[0] - draws[1])})
     if not rows:
         raise ValueError(f"--against: exits {theirs.model.exits} are none of {ours.model.exits}; share at least one")
     return rows
@@ -357,14 +356,11 @@ def plot(results: dict, curve: list[tuple[float, float]], folder: str) -> None:
     cost = {exit: row["macs_per_second"] / 1e9 for exit, row in rows.items()}
     exits = [exit for exit in rows if isinstance(exit, int)]
 
-    def points(some, uars, intervals, shift=0.0, **style):
-        height = np.array(uars)
-        errors = np.abs(np.array(intervals).T - height)
-        axes.errorbar([cost[exit] + shift for exit in some], height, errors, capsize=3, **style)
-
     figure, axes = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
-    own = [[rows[exit][name] for exit in exits] for name in ("uar", "uar_ci95")]
-    points(exits, *own, fmt="o", color="black", label="one exit (95 % interval)")
+    uars = np.array([rows[exit]["uar"] for exit in exits])
+    errors = np.abs(np.array([rows[exit]["uar_ci95"] for exit in exits]).T - uars)
+    style = dict(fmt="o", color="black", capsize=3, label="one exit (95 % interval)")
+    axes.errorbar([cost[exit] for exit in exits], uars, errors, **style)
     for exit in exits:
         axes.annotate(f"exit {exit}", (cost[exit], rows[exit]["uar"]), (-5, 6), textcoords="offset points", ha="right")
     if curve:
@@ -372,11 +368,6 @@ def plot(results: dict, curve: list[tuple[float, float]], folder: str) -> None:
         axes.plot(macs / 1e9, uars, "-", color="gray", zorder=0, label="early exit, all thresholds")
         axes.plot(cost["early exit"], rows["early exit"]["uar"], "*", color="black", markerfacecolor="white",
                   markersize=14, label="early exit, threshold chosen on dev")  # fmt: skip
-    others = [row for row in results.get("against", []) if row["exit"] in exits]
-    if others:
-        theirs = [[row[name] for row in others] for name in ("against_uar", "against_uar_ci95")]
-        points([row["exit"] for row in others], *theirs, shift=0.015 * max(cost.values()), fmt="s", color="gray",
-               markerfacecolor="white", label="--against, moved right")  # fmt: skip
     axes.axhline(results["chance"], color="gray", linestyle=":", label="chance")
     axes.set(xlabel="billion multiply-accumulates per second of audio", ylabel="UAR", ylim=(0, 1))
     axes.set_xlim(0, 1.1 * max(cost.values()))

@@ -15,6 +15,7 @@ import csv
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -246,7 +247,11 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, first_step:
 
         if (i + 1) % args.accumulate == 0 or i + 1 == len(batches):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm or math.inf)
-            check_finite(loss + norm, [dataset.clips[k].path for k in reads[i]])
+            if not (loss + norm).isfinite():
+                names = ", ".join(dataset.clips[k].path for k in reads[i])
+                raise ValueError(
+                    f"loss or gradient is not finite; try a smaller --lr or --dtype float32 (after {names})"
+                )
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
@@ -285,12 +290,6 @@ def inverse_frequencies(dataset: "ClipDataset") -> Tensor:
     return torch.tensor([len(dataset) / len(counts) / counts[label] for label in dataset.labels])
 
 
-def check_finite(value: Tensor, paths: list[str]) -> None:
-    if not value.isfinite():
-        names = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-        raise ValueError(f"loss or gradient is not finite after {names}; try a smaller --lr, or --dtype float32")
-
-
 def score(model: sdser.MultiExitSER, clips: list["Clip"], args) -> dict:
     """{"exits": [{"exit", "uar", "accuracy", "macro_f1"}, ...], "fusion": {...}}.
 
@@ -309,13 +308,10 @@ def score(model: sdser.MultiExitSER, clips: list["Clip"], args) -> dict:
 def usable_device(name: str | None) -> str:
     """The device asked for, or cuda where there is one, else cpu; raises ValueError if it cannot be used here."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
+    with sdser.file_errors(f"--device {name}", "cannot be used here", "leave the flag out"):
         if name == "cuda":
             torch.cuda.set_device(LOCAL_RANK)
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError) as error:  # what torch raises for unknown and for absent devices
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"--device {name}: cannot be used here ({reason}); leave the flag out") from error
     return name
 
 
@@ -371,19 +367,20 @@ def check_writable(path, folder: bool = False) -> None:
 
 
 def report(results: dict, log: list[dict], out: Path) -> None:
-    splits = [split for split in ("dev", "test") if split in results]
     best = max(log, key=lambda line: line.get("dev_uar", line["epoch"]))["epoch"]
     kept = f"best epoch {best}, by dev UAR averaged over exits" if "dev" in results else f"last epoch, {best}, kept"
     print(f"\n{kept} (chance {1 / len(results['labels']):.3f})\n")
-    print((" " * 13 + "".join(f"{split:>10}      " for split in splits)).rstrip())
-    print("exit        " + "    UAR  accuracy" * len(splits))
-    exits = [row["exit"] for row in results["test"]["exits"]]
-    for i, exit in enumerate([*exits, "fusion"]):
-        if exit == "fusion" and "fusion" not in results["test"]:
-            continue
-        name = f"{exit} (teacher)" if exit == exits[-1] and len(exits) > 1 else str(exit)
-        rows = [results[split]["fusion"] if exit == "fusion" else results[split]["exits"][i] for split in splits]
-        print(f"{name:13}" + "".join(f"{row['uar']:.3f}  {row['accuracy']:8.3f}  " for row in rows).rstrip())
+    columns = {}  # split -> rows of exits, and fusion
+    for split in ("dev", "test"):
+        if split in results:
+            columns[split] = list(results[split]["exits"])
+            if "fusion" in results[split]:
+                columns[split].append({"exit": "fusion", **results[split]["fusion"]})
+    print("exit        " + "".join(f"{split + ' UAR':>10}  accuracy" for split in columns))
+    for i, row in enumerate(columns["test"]):
+        teacher = " (teacher)" if i > 0 and i == len(results["test"]["exits"]) - 1 else ""
+        scores = "".join(f"{rows[i]['uar']:10.3f}  {rows[i]['accuracy']:8.3f}" for rows in columns.values())
+        print(f"{row['exit']}{teacher}".ljust(12) + scores)
     print(f"\nin {out}: config.json, model.safetensors, results.json, log.jsonl, split.csv, train_state.pt")
     print(f"next: python evaluate.py {shlex.quote(str(out))}")
 
@@ -669,15 +666,16 @@ def load_data(args, moved_to: str | None = None) -> tuple[list[str], list[Clip]]
                              f"{clip.split} clips; cut it")  # fmt: skip
     counts = Counter(clip.label for clip in clips)
     labels = sorted(counts)
-    for label in labels:
-        if label != label.lower() and label.lower() in counts:
-            warnings.warn(f"{args.data}: {label} and {label.lower()} are two labels; is that meant?", stacklevel=2)
+    for label, other in itertools.pairwise(sorted(labels, key=str.casefold)):
+        if label.casefold() == other.casefold():
+            warnings.warn(f"{args.data}: {label} and {other} are two labels; is that meant?", stacklevel=2)
     print(f"{args.data}: {', '.join(f'{label} {counts[label]}' for label in labels)}")
     parts = []
     for split in SPLITS:
         part = [clip for clip in clips if clip.split == split]
         speakers = {clip.speaker for clip in part} - {None}
-        parts.append(f"{split} {len(part)} clips of {len(speakers) or 'unknown'} speakers")
+        if part:
+            parts.append(f"{split} {len(part)} clips of {len(speakers) or 'unknown'} speakers")
     print(", ".join(parts))
     return labels, clips
 

@@ -431,7 +431,9 @@ def test_a_loss_that_is_not_finite_names_its_files_and_keeps_the_last_checkpoint
 
 
 def test_a_gradient_or_answers_that_are_not_finite_are_never_saved(corpus, tmp_path, capsys, monkeypatch):
-    flags = "--data", corpus, "--out", tmp_path / "run", "--preset", "paper", "--backbone", "tiny", "--seconds", 0.3
+    """All clips in one step, so that only the gradient, and then only the dev split, can show what is wrong."""
+    flags = ["--data", corpus, "--out", tmp_path / "run", "--preset", "paper", "--backbone", "tiny", "--seconds", 0.3]
+    flags += ["--batch-size", 100]
     forward = sdser.ExitHead.forward
 
     def overflow(self, *args):
@@ -440,8 +442,8 @@ def test_a_gradient_or_answers_that_are_not_finite_are_never_saved(corpus, tmp_p
 
     with monkeypatch.context() as patch:  # the loss is finite, its gradient not
         patch.setattr(sdser.ExitHead, "forward", overflow)
-        refused(capsys, *flags)
-    refused(capsys, *flags, "--lr", "1e30", "--batch-size", 100)  # a single step, so that only dev sees what it did
+        assert str(corpus.parent) in refused(capsys, *flags), "its clips are named"
+    refused(capsys, *flags, "--lr", "1e30")
     assert not list((tmp_path / "run").iterdir())
 
 
