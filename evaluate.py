@@ -39,7 +39,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data", metavar="SOURCE", help="another corpus than the checkpoint's own (see train.py)")
     add("--split", choices=train.SPLITS, help="default: test, or all clips of a --data without splits")
     add("--against", help="also the paired difference in UAR to these", **checkpoint)
-    add("--tolerance", type=float, default=0.01, metavar="X", help="UAR that early exit may lose on dev (default 0.01)")
+    add(
+        "--tolerance",
+        type=train.positive(float, zero=True),
+        default=0.01,
+        metavar="X",
+        help="UAR that early exit may lose on dev (default 0.01)",
+    )
     add("--json", metavar="FILE", help="write the results as JSON")
     add("--plot", metavar="DIR", help="write plots (needs matplotlib)")
     add("--audio", nargs="+", metavar="FILE", help="classify these files instead")

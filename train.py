@@ -76,7 +76,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--out", default="out", metavar="DIR", help="a new or empty folder (default: out)")
     add("--resume", action="store_true", help="go on with the run in --out, by its own flags")
     add("--device", metavar="D", help="default: cuda where there is one, else cpu")
-    add("--workers", type=int, default=0, metavar="N", help="processes that load audio (default 0: none beside this)")
+    add(
+        "--workers",
+        type=positive(int, zero=True),
+        default=0,
+        metavar="N",
+        help="processes that load audio (default 0: none beside this)",
+    )
     add("--data", metavar="SOURCE", help="synthetic (default), a corpus folder, or a manifest; --resume: moved clips")
     if "--resume" in argv:
         return parser.parse_args(argv)  # any other flag is unknown here, and so refused
@@ -89,10 +95,27 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--labels", nargs="+", metavar="L", help="keep only the clips of these labels")
     add("--final", action="store_true", help="train on train and dev, and keep the last epoch")
     add("--balanced", action="store_true", help="weight cross-entropy by inverse class frequency, at all exits")
-    add("--kl-weight", type=float, default=1.0, metavar="A", help="alpha; 0 leaves the term out (default 1)")
-    add("--hint-weight", type=float, default=1.0, metavar="B", help="beta; 0 leaves the term out (default 1)")
+    add(
+        "--kl-weight",
+        type=positive(float, zero=True),
+        default=1.0,
+        metavar="A",
+        help="alpha; 0 leaves the term out (default 1)",
+    )
+    add(
+        "--hint-weight",
+        type=positive(float, zero=True),
+        default=1.0,
+        metavar="B",
+        help="beta; 0 leaves the term out (default 1)",
+    )
     add("--temperature", type=positive(float), default=1.0, metavar="T", help="of the KL term (default 1)")
-    add("--distill-warmup", type=float, metavar="F", help="share of the steps over which alpha and beta grow from 0")
+    add(
+        "--distill-warmup",
+        type=positive(float, zero=True),
+        metavar="F",
+        help="share of the steps over which alpha and beta grow from 0",
+    )
     add("--detach-teacher", action=flag, default=True, help="stop KL and hint gradients at the teacher's outputs")
     add("--label-fraction", type=positive(float), default=1.0, metavar="F", help="share of each label's training clips")
     add("--fold", type=fold, default="1/5", metavar="I/N", help="speakers dealt into N groups, the I-th is test")
@@ -107,7 +130,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add(
         "--dtype", choices=("float32", "bfloat16"), help="bfloat16: by autocast; fast's where the device computes in it"
     )
-    add("--seed", type=int, default=0, metavar="N", help="default 0")
+    add("--seed", type=positive(int, zero=True), default=0, metavar="N", help="default 0")
     add("--skip-bad", action="store_true", help="decode every file first, and leave out those that cannot be read")
 
     given = parser.parse_args(argv)
@@ -122,12 +145,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def positive(kind: type):
-    """An argparse type: a finite number above 0, of that kind."""
+def positive(kind: type, zero: bool = False):
+    """An argparse type: a finite number above 0, or also 0, of that kind."""
 
     def number(text):
         value = kind(text)
-        if not 0 < value < math.inf:
+        if not 0 <= value < math.inf or (value == 0 and not zero):
             raise ValueError
         return value
 
@@ -439,26 +462,22 @@ def load_corpus(source) -> list[Clip]:
     source = make_synthetic() if source == "synthetic" else os.fspath(source)
     if os.path.isdir(source):
         listed = read_folder(source)
+        recordings = [(Path(clip.path).stem, clip.speaker) for clip in listed]  # such names tell recordings apart
     elif os.path.isfile(source):
         with sdser.file_errors(source, "not a manifest", "give a CSV or TSV with columns path, label (and speaker)"):
             listed = read_manifest(source)
+        recordings = [(clip.path, clip.label, clip.split) for clip in listed]
     else:
         raise FileNotFoundError(f"{source}: no such folder or manifest; give one, or synthetic")
-    return drop_repeated(listed, source)
-
-
-def drop_repeated(clips: list[Clip], source: str) -> list[Clip]:
-    """Each recording once: equal in file name and speaker or, where no speaker is known, in path."""
-    first, again = {}, []
-    for clip in clips:
-        name = (Path(clip.path).stem if clip.speaker else clip.path, clip.speaker, clip.label, clip.split)
-        if first.setdefault(name, clip) is not clip:
-            again.append((first[name].path, clip.path))
-    if again:
-        one, other = again[0]
-        warnings.warn(f"{source}: {len(again)} clips are there twice and counted once, {one} and {other} for one pair",
-                      stacklevel=3)  # fmt: skip
-    return list(first.values())
+    clips = {}
+    for recording, clip in zip(recordings, listed):
+        first = clips.setdefault(recording, clip)
+        if first is not clip:
+            again = f"{first.path} and {clip.path}"
+    if len(clips) < len(listed):
+        warnings.warn(f"{source}: {len(listed) - len(clips)} clips are there twice and counted once, as {again}",
+                      stacklevel=2)  # fmt: skip
+    return list(clips.values())
 
 
 def read_folder(folder: str) -> list[Clip]:
@@ -466,7 +485,7 @@ def read_folder(folder: str) -> list[Clip]:
     files = []
     for path in sorted(Path(folder).rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in AUDIO_ENDINGS and not hidden:
+        if path.suffix.lower() in AUDIO_ENDINGS and not hidden and path.is_file():
             files.append(path)
     if not files:
         raise ValueError(f"{folder}: holds no audio files ({', '.join(AUDIO_ENDINGS)})")
@@ -682,14 +701,18 @@ def load_data(args, moved_to: str | None = None) -> tuple[list[str], list[Clip]]
 
 def find_again(own: list[Clip], elsewhere: list[Clip]) -> list[Clip]:
     """A run's own clips where they lie now; they are known by file name, label and, where that is given, speaker."""
-    paths = {(Path(clip.path).stem, clip.label, clip.speaker): clip.path for clip in elsewhere}
-    found = []
+    places, found = defaultdict(list), {}
+    for clip in elsewhere:
+        places[Path(clip.path).stem, clip.label, clip.speaker].append(clip.path)
     for clip in own:
         name = Path(clip.path).stem, clip.label
-        path = paths.get((*name, clip.speaker), paths.get((*name, None)))
-        if path is not None:
-            found.append(clip._replace(path=path))
-    return found
+        paths = places.get((*name, clip.speaker), places.get((*name, None), []))
+        if len(paths) > 1 or (paths and paths[0] in found):
+            raise ValueError(f"{paths[0]}: other clips have the same name and speaker, so which one is {clip.path} "
+                             "cannot be told; move the files back")  # fmt: skip
+        if paths:
+            found[paths[0]] = clip._replace(path=paths[0])
+    return list(found.values())
 
 
 def keep_labels(clips: list[Clip], labels: list[str] | None, source: str) -> list[Clip]:
@@ -852,7 +875,7 @@ def progress(steps, title: str, total: int) -> tqdm:
 def script(when_interrupted: str = "interrupted"):
     """Ends a script as its user expects: an error is one sentence and status 2, Ctrl-C is status 130.
 
-    Of several processes, all take part in what is done within; the first one reports.
+    Of several processes, all take part in what is done within; the first one reports, and each that fails says so.
     """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     if WORLD > 1:

@@ -102,6 +102,18 @@ def test_labels_that_differ_in_case_alone_are_warned_of(corpus, tmp_path):
     assert labels == ["Anger", "anger", "sadness"]
 
 
+def test_rows_with_one_path_count_once_and_equal_names_do_not(tmp_path):
+    rows = ["a/001.wav,joy,s", "b/001.wav,joy,s", "a/001.wav,joy,s"]
+    manifest = write(tmp_path / "a.csv", "\n".join(["path,label,speaker", *rows]))
+    with pytest.warns(UserWarning, match=r"a/001\.wav"):
+        clips = train.load_corpus(manifest)
+    assert [clip.path for clip in clips] == [str(tmp_path / "a/001.wav"), str(tmp_path / "b/001.wav")]
+    moved = [clip._replace(path=clip.path.replace("/a.", "/x.")) for clip in clips]
+    with pytest.raises(ValueError, match=r"001\.wav"):  # which one is which cannot be told
+        train.find_again(clips, moved)
+    assert train.find_again(clips[:1], moved[:1]) == moved[:1]
+
+
 # -- splits -----------------------------------------------------------------------------------------------------------
 
 
