@@ -442,8 +442,8 @@ def main(argv=None) -> None:
         if args.json:
             train.check_writable(args.json)
         if args.plot:
-            import_pyplot()
             train.check_writable(args.plot, folder=True)
+            import_pyplot()
         if args.audio:
             sys.exit(classify_files(args))
         results, curve = evaluate(args)
