@@ -17,7 +17,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,7 +50,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--plot", metavar="FILE", help="write a plot of the latencies (needs matplotlib)")
     add("--export", metavar="FILE", help="write one exit as FILE.onnx, FILE.pt2 or a folder, and measure nothing")
     add("--exit", type=int, metavar="K", help="with --export (default: the deepest)")
-    add("--backend", default="fp32", metavar="B", help=f"with --export: {shipped()} (default fp32)")
+    add("--backend", default="fp32", metavar="B", help=f"with --export: {POSSIBLE} (default fp32)")
     args = parser.parse_args(argv)
     if (args.checkpoint is None) == (args.backbone is None):
         parser.error("give either a checkpoint or --backbone")
@@ -64,6 +63,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 # What can be written under a name of that ending; one without an ending is a folder's.
 SHIPPED = {".onnx": ("fp32", "int8"), ".pt2": ("fp32", "bf16", "aoti", "aoti-bf16"), "": ("fp32", "transformers")}
+POSSIBLE = "; ".join(f"{ending or 'a folder'}: {', '.join(backends)}" for ending, backends in SHIPPED.items())
 
 
 def shipped() -> str:
@@ -106,18 +106,19 @@ def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str) -> Non
                 torch.export.save(program, fresh, extra_files={"labels.json": json.dumps(model.labels)})
         if backend.startswith("aoti"):
             torch._inductor.aoti_compile_and_package(program, package_path=fresh, inductor_configs={"freezing": True})
-        with sdser.replacing(path) as file, open(fresh, "rb") as source:
-            shutil.copyfileobj(source, file)
+        sdser.replace_file(path, Path(fresh).read_bytes())
 
 
 def check_export(backend: str, path: str) -> None:
     ending = Path(path).suffix.lower()
     if backend not in SHIPPED.get(ending, ()):
-        raise ValueError(f"{path}: cannot hold {backend}; there are {shipped()}")
-    if ending == ".onnx":
-        for package in ("onnx", "onnxscript", "onnxruntime"):
-            if importlib.util.find_spec(package) is None:
-                raise ValueError(f"{path}: writing it needs {package}: pip install onnx onnxscript onnxruntime")
+        raise ValueError(f"{path}: cannot hold {backend}; there are {POSSIBLE}")
+    if ending == ".onnx" and not has_onnx():
+        raise ValueError(f"{path}: writing it needs three packages: pip install onnx onnxscript onnxruntime")
+
+
+def has_onnx() -> bool:
+    return all(importlib.util.find_spec(package) for package in ("onnx", "onnxscript", "onnxruntime"))
 
 
 class Shipped(nn.Module):
@@ -194,10 +195,7 @@ def load_torch(path: str, threads: int):
     torch.set_num_threads(threads)
     model = sdser.MultiExitSER.from_pretrained(path)
 
-    def run(waveform):
-        return [list(model.classify(waveform[0])[0].probabilities.values())]
-
-    return run
+    return lambda waveform: [list(model.classify(waveform[0])[0].probabilities.values())]
 
 
 def load_pt2(path: str, threads: int):
@@ -212,11 +210,7 @@ def load_pt2(path: str, threads: int):
         except Exception:  # of many kinds: a package that AOTInductor has compiled
             program = torch._inductor.aoti_load_package(path)
 
-    def run(waveform):
-        with torch.inference_mode():
-            return program(torch.from_numpy(waveform)).numpy()
-
-    return run
+    return torch.inference_mode()(lambda waveform: program(torch.from_numpy(waveform)).numpy())
 
 
 def load_onnxruntime(path: str, threads: int):
@@ -284,13 +278,10 @@ def peak_megabytes(load, path: str, threads: int, samples: int) -> float | None:
     """
     if not os.path.exists("/proc/self/status"):
         return None
-    program = f"{inspect.getsource(load)}\nimport sys, numpy\nrun = {load.__name__}(sys.argv[1], int(sys.argv[2]))\n"
-    program += (
-        "run(0.1 * numpy.random.randn(1, int(sys.argv[3])).astype('float32'))\nprint(open('/proc/self/status').read())"
-    )
+    program = f"{inspect.getsource(load)}\nimport numpy\nrun = {load.__name__}({path!r}, {threads})\n"
+    program += f"run(0.1 * numpy.random.randn(1, {samples}).astype('float32'))\nprint(open('/proc/self/status').read())"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, "-c", program, path, str(threads), str(samples)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{path}: the process that measures its memory failed: {done.stderr.strip().splitlines()[-1]}")
     return int(re.search(r"VmHWM:\s*(\d+)", done.stdout)[1]) / 1024
@@ -319,8 +310,7 @@ def measure(runs: dict, args) -> dict:
 
 def benchmark(model: sdser.MultiExitSER, args) -> dict:
     """Everything that is measured, as it goes into the JSON."""
-    onnx = all(importlib.util.find_spec(package) for package in ("onnx", "onnxscript", "onnxruntime"))
-    backends = args.backends or ["torch", *(["onnxruntime", "onnxruntime-int8"] if onnx else [])]
+    backends = args.backends or (["torch", "onnxruntime", "onnxruntime-int8"] if has_onnx() else ["torch"])
     clips, runs, facts = load_clips(args.checkpoint), {}, {}
     samples = round(max(args.seconds) * sdser.SAMPLE_RATE)
     with tempfile.TemporaryDirectory() as folder:
@@ -334,7 +324,7 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
                 runs[exit, backend, threads] = load(path, threads)
             facts[exit, backend] = {
                 "peak_rss_mb": peak_megabytes(load, path, max(args.threads), samples),
-                "parameters": evaluate.count_parameters(model, exit, [exit]),
+                "parameters": evaluate.count_parameters(model, [exit]),
                 "size_mb": megabytes(path),
                 "max_probability_change": largest_change(model, exit, runs[exit, backend, args.threads[0]], clips),
             }
@@ -369,9 +359,7 @@ def report(results: dict, args) -> None:
                 peak = f"{rows[0]['peak_rss_mb']:.0f}" if rows[0]["peak_rss_mb"] else "-"
                 print(f"{exit:4}  {backend:16}{times}  {peak:>7}  {rows[0]['size_mb']:7.1f}  "
                       f"{rows[0]['max_probability_change']:.0e}")  # fmt: skip
-    print(
-        "\npeak MB: of a process that runs that file alone; change: the largest of any class probability on real clips"
-    )
+    print("\npeak MB: of a process that runs that file alone; change: the largest of a probability on real clips")
     for threads in args.threads if args.budget_ms else []:
         for seconds in args.seconds:
             shown = [row for row in results["rows"] if (row["threads"], row["seconds"]) == (threads, seconds)]
@@ -446,7 +434,7 @@ def main(argv=None) -> None:
             return ship(model, args)
         results = benchmark(model, args)
         if args.json:
-            train.write_text(args.json, json.dumps(results, indent=2))
+            sdser.replace_file(args.json, json.dumps(results, indent=2))
         report(results, args)
         if args.plot:
             plot(results, args)

@@ -12,6 +12,7 @@ Read top to bottom: the flags, scoring, intervals, early exit, cost, the report,
 """
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -39,20 +40,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data", metavar="SOURCE", help="another corpus than the checkpoint's own (see train.py)")
     add("--split", choices=train.SPLITS, help="default: test, or all clips of a --data without splits")
     add("--against", help="also the paired difference in UAR to these", **checkpoint)
-    add(
-        "--tolerance",
-        type=train.positive(float, zero=True),
-        default=0.01,
-        metavar="X",
-        help="UAR that early exit may lose on dev (default 0.01)",
-    )
+    real_or_0 = train.positive(float, zero=True)
+    add("--tolerance", type=real_or_0, default=0.01, metavar="X", help="UAR early exit may lose on dev (default 0.01)")
     add("--json", metavar="FILE", help="write the results as JSON")
     add("--plot", metavar="DIR", help="write plots (needs matplotlib)")
     add("--audio", nargs="+", metavar="FILE", help="classify these files instead")
     add("--exit", type=int, metavar="K", help="with --audio: run to this exit")
-    add("--threshold", type=float, metavar="P", help="with --audio: stop at the first exit this certain, 0 to 1 "
-        "(default: the threshold that was chosen on dev, if any)")  # fmt: skip
-    add("--device", metavar="D", help="default: cuda where there is one, else cpu")
+    add("--threshold", type=float, metavar="P", help="with --audio: leave at this confidence (default: the calibrated)")
+    add("--device", metavar="D", help="default: cuda if available, else cpu")
     args = parser.parse_args(argv)
     if args.audio and (len(args.checkpoints) > 1 or args.against or args.data or args.split or args.plot):
         parser.error("--audio goes with one checkpoint, without --against, --data, --split and --plot")
@@ -75,6 +70,12 @@ class Scored(NamedTuple):
     @property
     def targets(self) -> np.ndarray:
         return np.array([self.model.labels.index(clip.label) for clip in self.clips])
+
+    @property
+    def units(self) -> np.ndarray:
+        """What the bootstrap draws, (N,): each clip's speaker, or the clip itself if any speaker is unknown."""
+        known = all(clip.speaker for clip in self.clips)
+        return np.array([clip.speaker if known else clip.path for clip in self.clips])
 
 
 def load_and_score(checkpoints: list[str], split: str | None, source: str | None, device: str) -> Scored:
@@ -125,12 +126,6 @@ def choose_clips(checkpoint: str, split: str | None, source: str | None) -> list
 # -- intervals --------------------------------------------------------------------------------------------------------
 
 
-def speakers_or_clips(clips: list[train.Clip]) -> np.ndarray:
-    """What the bootstrap draws, (N,): each clip's speaker, or the clip itself if any speaker is unknown."""
-    known = all(clip.speaker for clip in clips)
-    return np.array([clip.speaker if known else clip.path for clip in clips])
-
-
 def bootstrap(targets, predictions, units, num_classes: int) -> np.ndarray:
     """UARs (rows, DRAWS) of `predictions` (rows, N), each from as many units as there are, drawn with replacement.
 
@@ -150,26 +145,20 @@ def bootstrap(targets, predictions, units, num_classes: int) -> np.ndarray:
     return np.stack(uars, -1)
 
 
-def interval(draws: np.ndarray) -> list[float]:
-    return np.percentile(draws, [2.5, 97.5]).tolist()
-
-
 def compare(ours: Scored, theirs: Scored) -> list[dict]:
     """The paired difference in UAR, ours minus theirs, at each exit that both have, and of fusion if both fuse."""
-    if {clip.path for clip in ours.clips} != {clip.path for clip in theirs.clips}:
-        raise ValueError("--against: other clips than those of the first runs; compare runs of the same splits")
-    if ours.model.labels != theirs.model.labels:
-        raise ValueError("--against: other labels than those of the first runs; compare like with like")
     predictions, others, rows = predict_rows(ours), predict_rows(theirs), []
-    classes = len(ours.model.labels)
-    for exit in [exit for exit in predictions if exit in others]:
+    shared = [exit for exit in predictions if exit in others]
+    same = {clip.path for clip in ours.clips} == {clip.path for clip in theirs.clips}
+    if not same or ours.model.labels != theirs.model.labels or not shared:
+        raise ValueError("--against: give runs scored on the same clips, with the same labels and some exit in common")
+    for exit in shared:
         uars, draws = [], []
         for scored, answers in ((ours, predictions[exit]), (theirs, others[exit])):
-            uars.append(sdser.unweighted_average_recall(scored.targets, answers, classes))
-            draws.append(bootstrap(scored.targets, answers[None], speakers_or_clips(scored.clips), classes)[0])
-        rows.append({"exit": exit, "difference": uars[0] - uars[1], "ci95": interval(draws[0] - draws[1])})
-    if not rows:
-        raise ValueError(f"--against: exits {theirs.model.exits} are none of {ours.model.exits}; share at least one")
+            uars.append(sdser.unweighted_average_recall(scored.targets, answers, len(scored.model.labels)))
+            draws.append(bootstrap(scored.targets, answers[None], scored.units, len(scored.model.labels))[0])
+        interval = np.percentile(draws[0] - draws[1], [2.5, 97.5]).tolist()
+        rows.append({"exit": exit, "difference": uars[0] - uars[1], "ci95": interval})
     return rows
 
 
@@ -210,7 +199,8 @@ def calibrate(checkpoints: list[str], args) -> list[float]:
         if train.RANK == 0:
             path = Path(checkpoint, "config.json")
             try:
-                train.write_text(path, json.dumps({**json.loads(path.read_text()), "threshold": threshold}, indent=2))
+                config = {**json.loads(path.read_text()), "threshold": threshold}
+                sdser.replace_file(path, json.dumps(config, indent=2))
             except ValueError as error:
                 warnings.warn(f"the threshold is not kept: {error}", stacklevel=2)
     return chosen
@@ -233,22 +223,22 @@ def count_macs(model: sdser.MultiExitSER, samples: int, exit: int, heads_on_the_
     training = model.training
     model.eval()
     # torch's counter sees neither fused attention nor oneDNN's convolutions and recurrent networks
-    plain = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
-    cudnn = torch.backends.cudnn.flags(enabled=False)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), plain, cudnn:
+    no_mkldnn = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
+    no_cudnn = torch.backends.cudnn.flags(enabled=False)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), no_mkldnn, no_cudnn:
         frames = model.embed_frames(torch.zeros(1, samples, device=model.backbone.device))
-        for start, k in zip([0, *exits], exits):
-            frames = model.run_layers(frames, start, k)
+        for previous, k in zip([0, *exits], exits):
+            frames = model.run_layers(frames, previous, k)
             model.read_exit(k, frames)
     model.train(training)
     return counter.get_total_flops() // 2
 
 
-def count_parameters(model: sdser.MultiExitSER, layers: int, heads: list[int]) -> int:
-    """Parameters of the backbone up to a layer, and of the heads at some exits."""
-    parts = [model.backbone, *(model.heads[str(k)] for k in heads)]
+def count_parameters(model: sdser.MultiExitSER, exits: list[int]) -> int:
+    """Parameters of the heads at some exits, shallow to deep, and of the backbone up to the last of them."""
+    parts = [model.backbone, *(model.heads[str(k)] for k in exits)]
     total = sum(p.numel() for part in parts for p in part.parameters())
-    return total - sum(p.numel() for layer in model.backbone.encoder.layers[layers:] for p in layer.parameters())
+    return total - sum(p.numel() for p in model.backbone.encoder.layers[exits[-1] :].parameters())
 
 
 # -- the report -------------------------------------------------------------------------------------------------------
@@ -269,7 +259,7 @@ def evaluate(args) -> tuple[dict, list[tuple[float, float]]]:
     scored = load_and_score(args.checkpoints, args.split, args.data, args.device)
     chosen = calibrate(args.checkpoints, args)
     model, clips, targets = scored.model, scored.clips, scored.targets
-    exits, labels, units = model.exits, model.labels, speakers_or_clips(clips)
+    exits, labels = model.exits, model.labels
     thresholds = np.array(chosen)[scored.run] if chosen else None  # (N,)
     left = exit_index(scored.logits, thresholds) if chosen else None  # (N,)
 
@@ -278,35 +268,30 @@ def evaluate(args) -> tuple[dict, list[tuple[float, float]]]:
     samples = round(seconds * sdser.SAMPLE_RATE)
     alone = np.array([count_macs(model, samples, k) for k in exits]) / seconds
     on_the_way = np.array([count_macs(model, samples, k, True) for k in exits]) / seconds
-    costs = {}
-    for i, k in enumerate(exits):
-        costs[k] = dict(layers=k, parameters=count_parameters(model, k, [k]), macs_per_second=alone[i])
+    costs = {k: (k, [k], macs) for k, macs in zip(exits, alone)}  # layers, heads in use, multiply-accumulates
     if len(exits) > 2:
-        parameters = count_parameters(model, exits[-2], exits[:-1])
-        costs["fusion"] = dict(layers=exits[-2], parameters=parameters, macs_per_second=on_the_way[-2])
+        costs["fusion"] = (exits[-2], exits[:-1], on_the_way[-2])
     if chosen:
-        layers = float(np.array(exits)[left].mean())
-        parameters = count_parameters(model, exits[-1], exits)
-        costs["early exit"] = dict(layers=layers, parameters=parameters, macs_per_second=on_the_way[left].mean())
+        costs["early exit"] = (float(np.array(exits)[left].mean()), exits, on_the_way[left].mean())
 
     predictions, rows = predict_rows(scored, thresholds), []
-    draws = bootstrap(targets, list(predictions.values()), units, len(labels))
+    draws = bootstrap(targets, list(predictions.values()), scored.units, len(labels))
     for (exit, answers), uars in zip(predictions.items(), draws):
         confusion = sdser.confusion_matrix(targets, answers, len(labels))
-        recall = {}
-        for label, hits, total in zip(labels, confusion.diagonal().tolist(), confusion.sum(1).tolist()):
-            recall[label] = hits / total if total else None
-        rows.append({"exit": exit, "uar_ci95": interval(uars), **sdser.scores(targets, answers, len(labels)),
-                     "recall": recall, "confusion": confusion.tolist(), **costs[exit]})  # fmt: skip
-    results = {
-        "labels": labels, "checkpoints": args.checkpoints, "split": args.split or clips[0].split or "all",
-        "clips": len(clips), "speakers": len(set(units)) if all(clip.speaker for clip in clips) else None,
-        "chance": 1 / len(set(targets)), "rows": rows, "thresholds": chosen,
-    }  # fmt: skip
+        counts = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist())
+        recall = dict(zip(labels, [hits / total if total else None for hits, total in counts]))
+        interval, (layers, heads, macs) = np.percentile(uars, [2.5, 97.5]).tolist(), costs[exit]
+        rows.append({"exit": exit, **sdser.scores(targets, answers, len(labels)), "uar_ci95": interval,
+                     "recall": recall, "confusion": confusion.tolist(), "layers": layers,
+                     "parameters": count_parameters(model, heads), "macs_per_second": macs})  # fmt: skip
+    speakers = {clip.speaker for clip in clips}
+    results = {"labels": labels, "checkpoints": args.checkpoints, "split": args.split or clips[0].split or "all",
+               "clips": len(clips), "speakers": None if None in speakers else len(speakers),
+               "chance": 1 / len(set(targets)), "rows": rows, "thresholds": chosen}  # fmt: skip
     curve = []
     if chosen:
         results["exit_share"] = {str(k): float((left == i).mean()) for i, k in enumerate(exits)}
-        results["mean_layers"] = costs["early exit"]["layers"]
+        results["mean_layers"] = costs["early exit"][0]
         for threshold in THRESHOLDS:
             uar = sdser.unweighted_average_recall(targets, early_predictions(scored.logits, threshold), len(labels))
             curve.append((on_the_way[exit_index(scored.logits, threshold)].mean(), uar))
@@ -342,10 +327,6 @@ def report(results: dict, args) -> None:
     for row in rows:
         recalls = [f"{'-':>11}" if recall is None else f"{recall:11.3f}" for recall in row["recall"].values()]
         print(f"{row['exit']!s:12}" + "".join(recalls))
-    print(f"\nconfusions of exit {exits[-1]}, a row per true label")
-    print(" " * 12 + "".join(f"{label[:10]:>11}" for label in labels))
-    for label, counts in zip(labels, rows[len(exits) - 1]["confusion"]):
-        print(f"{label[:11]:12}" + "".join(f"{count:11d}" for count in counts))
     if args.against:
         print(f"\ndifference in UAR to {', '.join(args.against)}, paired, with 95 % interval")
         for row in results["against"]:
@@ -395,10 +376,8 @@ def plot(results: dict, curve: list[tuple[float, float]], folder: str) -> None:
 
 
 def import_pyplot():
-    try:
+    with sdser.file_errors("--plot", "needs matplotlib", "pip install matplotlib"):
         import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -406,8 +385,9 @@ def import_pyplot():
 
 
 def save_figure(figure, path) -> None:
-    with sdser.replacing(path) as file:
-        figure.savefig(file, format=Path(path).suffix[1:] or "png", dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, format=Path(path).suffix[1:] or "png", dpi=120)
+    sdser.replace_file(path, image.getbuffer())
 
 
 # -- classifying files ------------------------------------------------------------------------------------------------
@@ -431,7 +411,7 @@ def classify_files(args) -> int:
         print(f"{path}  {answer.label}  {answer.confidence:.3f}  exit {answer.exit}  {answer.milliseconds:.0f} ms",
               flush=True)  # fmt: skip
     if args.json:
-        train.write_text(args.json, json.dumps(answers, indent=2))
+        sdser.replace_file(args.json, json.dumps(answers, indent=2))
     return status
 
 
@@ -449,7 +429,7 @@ def main(argv=None) -> None:
         results, curve = evaluate(args)
         if train.RANK == 0:
             if args.json:
-                train.write_text(args.json, json.dumps(results, indent=2))
+                sdser.replace_file(args.json, json.dumps(results, indent=2))
             report(results, args)
             if args.plot:
                 plot(results, curve, args.plot)

@@ -43,7 +43,6 @@ MAX_SECONDS = 60  # of a clip to classify: attention's memory grows with the squ
 MIN_SAMPLES = 400  # one frame of the convolutional encoder, 25 ms
 HEADS = ("gru", "lstm", "attention", "mean")
 HUB = dict(library_name="sdser", paper_url="https://arxiv.org/abs/2210.14636", pipeline_tag="audio-classification")
-ARGUMENTS = ("labels", "backbone", "exits", "head", "tile_seconds", "threshold")  # of MultiExitSER, and config.json
 
 # -- the exits ---------------------------------------------------------------------------------------------------------
 
@@ -82,7 +81,7 @@ class ExitHead(nn.Module):
             embedding = torch.einsum("bt,btd->bd", score.softmax(-1), hidden)
         elif valid is None:
             embedding = hidden.mean(1)
-        else:
+        else:  # the mean over each clip's own frames
             embedding = torch.where(valid[..., None], hidden, 0).sum(1) / valid.sum(1, keepdim=True)
         return self.classifier(self.projector(embedding)), embedding  # no activation in between, as in the paper
 
@@ -117,8 +116,8 @@ def self_distillation_loss(
         kl_weight: α, for the teacher's probabilities (Hinton et al., 2015); at 0 the term is not computed.
         hint_weight: β, for the teacher's embedding, the hint (FitNets, Romero et al., 2015); at 0 it is not computed.
         temperature: T softens both distributions; T² keeps the term's gradients about as large for any T.
-        detach_teacher: no gradient of the KL and hint terms flows through the teacher's outputs (Zhang et al., 2019);
-            they still shape the layers that it shares with the students.
+        detach_teacher: the KL and hint terms send no gradient through z_d and f_d (Zhang et al., 2019); they still
+            train the layers that the teacher shares with the students.
         class_weights: (C,) float, of the classes' cross-entropies at all exits; None: all are 1.
     Returns:
         the loss, a scalar, and its parts by name, detached scalars, unweighted and averaged over students: ce (the
@@ -222,10 +221,10 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None, exit: int | None = None) -> list[ExitOutput]:
         """Runs the layers that the exits asked for need, and no more.
 
-        Each clip gets what it would get alone: padding takes no part in any computation.
+        Each clip gets the answer it would get alone: no frame of a clip reads padding (see "padding" below).
 
         Args:
-            waveforms: (B, T) float, raw 16 kHz; beyond a clip's length anything may stand.
+            waveforms: (B, T) float, raw 16 kHz; what lies beyond a clip's length is ignored, NaN included.
             lengths: (B,) int64, valid samples of each clip; None if all T are.
             exit: one exit; None for all.
         Returns:
@@ -235,8 +234,8 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         """
         exits = self.exits if exit is None else [self.check_exit(exit)]
         frames, outputs = self.embed_frames(waveforms, lengths), []
-        for start, k in zip([0, *exits], exits):  # each exit goes on where the one before it stopped
-            frames = self.run_layers(frames, start, k)
+        for previous, k in zip([0, *exits], exits):  # each exit goes on where the one before it stopped
+            frames = self.run_layers(frames, previous, k)
             outputs.append(self.read_exit(k, frames))
         return outputs
 
@@ -318,16 +317,16 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         frames = self.embed_frames(waveforms, lengths)
         logits = frames.hidden.new_empty(len(waveforms), len(self.labels), dtype=torch.float32)
         active = torch.arange(len(waveforms), device=logits.device)  # the clips still in the batch
-        exits = torch.empty_like(active)
-        for start, k in zip([0, *self.exits], self.exits):
-            frames = self.run_layers(frames, start, k)
+        used = torch.empty_like(active)
+        for previous, k in zip([0, *self.exits], self.exits):
+            frames = self.run_layers(frames, previous, k)
             output = self.read_exit(k, frames)
-            logits[active], exits[active] = output.logits.float(), k
+            logits[active], used[active] = output.logits.float(), k
             stay = output.logits.float().softmax(-1).amax(-1) < threshold  # (B still active,)
             if not stay.any():
                 break
             active, frames = active[stay], keep_clips(frames, stay)
-        return logits, exits
+        return logits, used
 
     # -- answers, smaller models, files ---------------------------------------------------------------------------
 
@@ -373,12 +372,6 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
             self.train(training)
         return predictions
 
-    @property
-    def arguments(self) -> dict:
-        """ARGUMENTS, which make a model of the same architecture without the original backbone."""
-        values = (self.labels, self.backbone.config.to_dict(), self.exits, self.head_kinds)
-        return dict(zip(ARGUMENTS, (*values, self.tile_seconds, self.threshold)))
-
     def truncate(self, exit: int) -> "MultiExitSER":
         """A model of its own with `exit` layers and that one exit; weights are copied, logits are equal."""
         head = self.head_kinds[self.exits.index(self.check_exit(exit))]
@@ -397,23 +390,19 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         folder = Path(folder)
         with file_errors(folder, "cannot be made a folder", "name another"):
             folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "model.safetensors") as file:
-            file.write(safetensors.torch.save(self.state_dict(), {"format": "pt"}))
-        with replacing(folder / "config.json") as file:
-            file.write(json.dumps(self.arguments, indent=2).encode())
+        replace_file(folder / "model.safetensors", safetensors.torch.save(self.state_dict(), {"format": "pt"}))
+        arguments = dict(labels=self.labels, backbone=self.backbone.config.to_dict(), exits=self.exits,
+                         head=self.head_kinds, tile_seconds=self.tile_seconds, threshold=self.threshold)  # fmt: skip
+        replace_file(folder / "config.json", json.dumps(arguments, indent=2))
         if not (folder / "README.md").exists():
-            with replacing(folder / "README.md") as file:
-                file.write(str(self.generate_model_card(**model_card_kwargs or {})).encode())
+            replace_file(folder / "README.md", str(self.generate_model_card(**model_card_kwargs or {})))
 
     @classmethod
     def from_pretrained(cls, checkpoint, **hub) -> "MultiExitSER":
         """Loads what `save_pretrained` wrote, from a folder or the Hub, in evaluation mode; nothing is unpickled.
 
-        Args:
-            hub: arguments of `huggingface_hub.snapshot_download`, such as revision and token.
-        Raises:
-            FileNotFoundError: no such folder, nor a Hub model in reach.
-            ValueError: a checkpoint that is cut short, not ours, or of other shapes than its config says.
+        `hub`: arguments of `huggingface_hub.snapshot_download`, such as revision and token. Raises FileNotFoundError
+        without such a folder or Hub model, ValueError for a checkpoint that is cut short or not of its config's shapes.
         """
         checkpoint = folder = os.fspath(checkpoint)
         if not os.path.isdir(folder):
@@ -421,9 +410,9 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
             with file_errors(checkpoint, "no such folder, nor a Hub model within reach", advice, FileNotFoundError):
                 folder = snapshot_download(checkpoint, allow_patterns=["config.json", "model.safetensors"], **hub)
         with file_errors(checkpoint, "not a whole sdser checkpoint", "give a folder written by train.py"):
-            saved = json.loads(Path(folder, "config.json").read_text())
+            arguments = json.loads(Path(folder, "config.json").read_text())
             with torch.device("meta"):  # no memory yet: a damaged config may ask for terabytes
-                model = cls(**{name: saved[name] for name in ARGUMENTS})
+                model = cls(**arguments)
             weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
             # copied: where a file's tensors lie in memory changes how sums are rounded
             weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
@@ -636,14 +625,12 @@ TOLERANCE = 0.01  # seconds by which a header may promise more audio than there 
 
 
 def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor:
-    """Reads an audio file, or a part of it, as a mono waveform at 16 kHz.
+    """Reads an audio file, or a part of it, as a waveform (T,), float32, mono at 16 kHz, nominally in [-1, 1].
 
     Args:
-        file: a path or a binary file object; anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), at any rate, with
-            any number of channels.
-        start, seconds: the part to read, in seconds; default: from the start to the end.
-    Returns:
-        (T,) float32, nominally in [-1, 1].
+        file: a path or a binary file object; anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), at any rate.
+            Channels are averaged.
+        start, seconds: the part to read; default: from the start to the end.
     Raises:
         FileNotFoundError: no such file.
         ValueError: not audio, cut short, empty, shorter than one frame, or with NaN or infinite samples.
@@ -660,11 +647,7 @@ def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor
             samples = read_in_order(sound, first + size)[first:]
         if length is not None and size - len(samples) > TOLERANCE * rate:
             raise ValueError(f"{name}: cut short, {len(samples)} of {size} samples are there; replace the file")
-    waveform = torch.from_numpy(samples.mean(axis=1))  # (T,)
-    if rate != SAMPLE_RATE:
-        waveform = resample(name, waveform, rate)
-    check_waveform(name, waveform)
-    return waveform
+    return to_16_khz(name, torch.from_numpy(samples.mean(axis=1)), rate)
 
 
 @contextlib.contextmanager
@@ -673,11 +656,10 @@ def open_audio(file):
 
     What is done with them raises what `load_audio` raises.
     """
-    name = name_of(file)
     if hasattr(file, "read"):
-        file = io.BytesIO(file.read())
+        name, file = str(getattr(file, "name", "the file object")), io.BytesIO(file.read())
     else:
-        file = os.fspath(file)
+        name = file = os.fspath(file)
         if not os.path.isfile(file):
             raise FileNotFoundError(f"{file}: is {'a folder' if os.path.isdir(file) else 'no file'}; give audio files")
     with file_errors(name, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
@@ -689,29 +671,16 @@ def open_audio(file):
             tag = content[:10]  # an ID3 tag, maybe, whose size is given in four times 7 bits
             start = 10 + sum(tag[9 - i] << 7 * i for i in range(4)) if tag[:3] == b"ID3" else 0
             declared = any(mark in content[start : start + 200] for mark in (b"Xing", b"Info", b"VBRI"))
-            sound, length = Stream(io.BytesIO(content) if declared else Endless(content)), length if declared else None
+            length = length if declared else None
+            sound = soundfile.SoundFile(io.BytesIO(content) if declared else Endless(content))
+            sound.seekable = lambda: False  # libmpg123 seeks inexactly, and complains of sound files when it does
         with sound:
             check_header(name, sound)
             yield name, sound, length
 
 
-def name_of(file) -> str:
-    """As messages call a path or a file object."""
-    return str(getattr(file, "name", "the file object") if hasattr(file, "read") else file)
-
-
-class Stream(soundfile.SoundFile):
-    """An MP3, read in order: libmpg123 seeks inexactly and complains of sound files when it does."""
-
-    def seekable(self) -> bool:
-        return False
-
-
 class Endless(io.BytesIO):
-    """A file that says it is far longer than it is.
-
-    libsndfile guesses the length of an MP3 without a Xing or Info frame from the file's, and reads no further.
-    """
+    """A file that says it is far longer than it is: libsndfile reads no further than the length that it guesses."""
 
     def tell(self) -> int:
         position = super().tell()
@@ -745,29 +714,34 @@ def check_header(name: str, sound: soundfile.SoundFile) -> None:
         raise ValueError(f"{name}: a sample rate of {sound.samplerate} Hz, beyond 1 kHz to 1 MHz, cannot be right")
 
 
-def resample(name, waveform: Tensor, rate: int) -> Tensor:
-    """(T,) at any rate -> (T,) at 16 kHz."""
-    advice = "install a pair that works, torch==2.11.0 torchaudio==2.11.0, or convert the file to 16 kHz"
-    with file_errors(name, f"resampling from {rate} Hz needs torchaudio", advice):
-        import torchaudio  # here, so that nothing else needs it
-    # The filter grows with rate / gcd(rate, 16000): odd rates, such as 11127 Hz, become a multiple of 25 Hz.
-    return torchaudio.functional.resample(waveform, max(25, 25 * round(rate / 25)), SAMPLE_RATE)
+def to_16_khz(name, waveform: Tensor, rate: int) -> Tensor:
+    """(T,) at any rate -> (T,) at 16 kHz; ValueError if that cannot be classified, a warning if it is silent."""
+    if rate != SAMPLE_RATE:
+        advice = "install a pair that works, torch==2.11.0 torchaudio==2.11.0, or convert the file to 16 kHz"
+        with file_errors(name, f"resampling from {rate} Hz needs torchaudio", advice):
+            import torchaudio  # here, so that nothing else needs it
+        # The filter grows with rate / gcd(rate, 16000): odd rates, such as 11127 Hz, become a multiple of 25 Hz.
+        waveform = torchaudio.functional.resample(waveform, max(25, 25 * round(rate / 25)), SAMPLE_RATE)
+    if len(waveform) < MIN_SAMPLES:
+        raise ValueError(f"{name}: {len(waveform)} samples at 16 kHz are shorter than one frame, {MIN_SAMPLES}")
+    if not waveform.isfinite().all():
+        raise ValueError(f"{name}: holds NaN or infinite samples; write it anew from its source")
+    if not waveform.any():
+        warnings.warn(f"{name}: digital silence; its prediction means nothing", stacklevel=2)
+    return waveform
 
 
 def read_clip(clip, tile_seconds: float | None = None, sample_rate: int = SAMPLE_RATE) -> Tensor:
     """A path, file object or 1-D float array, of at most 60 s -> the waveform (T,) float32 that the model reads."""
     if isinstance(clip, str | os.PathLike) or hasattr(clip, "read"):
-        name, waveform = name_of(clip), load_audio(clip, seconds=MAX_SECONDS + 1)
+        name = "the file object" if hasattr(clip, "read") else clip
+        waveform = load_audio(clip, seconds=MAX_SECONDS + 1)
     elif getattr(clip, "ndim", None) == 1 and torch.as_tensor(clip).is_floating_point():
-        name, waveform = "the waveform", torch.as_tensor(clip).float()
-        if sample_rate != SAMPLE_RATE:
-            waveform = resample(name, waveform, sample_rate)
-        check_waveform(name, waveform)
+        name = "the waveform"
+        waveform = to_16_khz(name, torch.as_tensor(clip).float(), sample_rate)
     else:
         shape = f" {clip.dtype} of shape {tuple(clip.shape)}" if hasattr(clip, "dtype") else ""
-        raise ValueError(
-            f"{type(clip).__name__}{shape}: pass a path, a file object, a 1-D array of floats, or a list of these"
-        )
+        raise ValueError(f"{type(clip).__name__}{shape}: pass paths, file objects or 1-D arrays of floats")
     if len(waveform) > MAX_SECONDS * SAMPLE_RATE:
         raise ValueError(f"{name}: longer than the limit of {MAX_SECONDS} s; cut it into windows (see the README)")
     return waveform if tile_seconds is None else tile(waveform, round(tile_seconds * SAMPLE_RATE))
@@ -776,16 +750,6 @@ def read_clip(clip, tile_seconds: float | None = None, sample_rate: int = SAMPLE
 def tile(waveform: Tensor, samples: int) -> Tensor:
     """Repeats or cuts a waveform (T,) to (samples,), as the paper does to reach 95,744 (5.984 s)."""
     return waveform.repeat(math.ceil(samples / len(waveform)))[:samples]
-
-
-def check_waveform(name, waveform: Tensor) -> None:
-    """Raises ValueError if the waveform, (T,) at 16 kHz, cannot be classified; warns about digital silence."""
-    if len(waveform) < MIN_SAMPLES:
-        raise ValueError(f"{name}: {len(waveform)} samples at 16 kHz are shorter than one frame, {MIN_SAMPLES}")
-    if not waveform.isfinite().all():
-        raise ValueError(f"{name}: holds NaN or infinite samples; write it anew from its source")
-    if not waveform.any():
-        warnings.warn(f"{name}: digital silence; its prediction means nothing", stacklevel=2)
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
@@ -834,24 +798,21 @@ def file_errors(path, problem: str, advice: str, kind: type[Exception] = ValueEr
         raise sentence from error
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """Opens a file to write in the place of `path`, which it takes once it is whole; a failure leaves the old one.
+def replace_file(path, content: bytes | str) -> None:
+    """Writes a file whole or not at all: a failure leaves what was there.
 
     Symlinks are kept; special files such as /dev/null are written to directly.
     """
+    content = content.encode() if isinstance(content, str) else content
     with file_errors(path, "cannot be written", "make room, or name another place"):
         target = Path(os.path.realpath(path))
         if target.exists() and not target.is_file():
-            with open(target, "wb") as file:
-                yield file
+            target.write_bytes(content)
             return
         temporary = target.with_name(f".{target.name}.tmp")
         try:
-            with open(temporary, "wb") as file:
-                yield file
+            temporary.write_bytes(content)
             os.replace(temporary, target)
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise

@@ -43,9 +43,8 @@ from tqdm import tqdm
 
 import sdser
 
-# Which of several processes this is, of all and on its machine, as torchrun says; alone, a process is 0 of 1.
-RANK, WORLD, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-WORLD = max(1, WORLD)
+RANK = int(os.environ.get("RANK", 0))  # which of WORLD processes this is, as torchrun says
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # The recipes, side by side; a flag given on the command line wins. toy: from scratch on a CPU, in a minute. paper: the
 # paper's recipe. fast: the same method for pre-trained backbones, several times as fast; the one we recommend.
@@ -72,71 +71,50 @@ def parse_args(argv=None) -> argparse.Namespace:
     argv = sys.argv[1:] if argv is None else list(argv)
     epilog = "Defaults that depend on the preset: see PRESETS in train.py."
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=epilog, allow_abbrev=False)
-    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add, on_or_off = parser.add_argument, argparse.BooleanOptionalAction
+    real, real_or_0 = positive(float), positive(float, zero=True)
+    whole, whole_or_0 = positive(int), positive(int, zero=True)
     add("--out", default="out", metavar="DIR", help="a new or empty folder (default: out)")
-    add("--resume", action="store_true", help="go on with the run in --out, by its own flags")
-    add("--device", metavar="D", help="default: cuda where there is one, else cpu")
-    add(
-        "--workers",
-        type=positive(int, zero=True),
-        default=0,
-        metavar="N",
-        help="processes that load audio (default 0: none beside this)",
-    )
-    add("--data", metavar="SOURCE", help="synthetic (default), a corpus folder, or a manifest; --resume: moved clips")
+    add("--resume", action="store_true", help="continue the run in --out, with its own flags")
+    add("--device", metavar="D", help="default: cuda if available, else cpu")
+    add("--workers", type=whole_or_0, default=0, metavar="N", help="extra processes that load audio (default 0)")
+    add("--data", metavar="SOURCE", help="synthetic (default), a corpus folder or a manifest; --resume: where it is")
     if "--resume" in argv:
-        return parser.parse_args(argv)  # any other flag is unknown here, and so refused
+        return parser.parse_args(argv)  # the flags below are unknown here, and so refused
 
     add("--preset", choices=PRESET_NAMES, help="default: toy for built-in backbones, fast for pre-trained ones")
     add("--backbone", help=f"Hub name, folder saved by transformers, or one of {', '.join(sdser.SIZES)}")
     add("--exits", type=int, nargs="+", metavar="K", help="layers that get an exit; the last is the teacher")
-    heads = f"of the shallow exits, or one for each exit: {', '.join(sdser.HEADS)}"
+    heads = f"one for the shallow exits, or one for each exit: {', '.join(sdser.HEADS)}"
     add("--head", choices=sdser.HEADS, nargs="+", metavar="H", help=heads)
-    add("--labels", nargs="+", metavar="L", help="keep only the clips of these labels")
+    add("--labels", nargs="+", metavar="L", help="keep only the clips with these labels")
     add("--final", action="store_true", help="train on train and dev, and keep the last epoch")
     add("--balanced", action="store_true", help="weight cross-entropy by inverse class frequency, at all exits")
-    add(
-        "--kl-weight",
-        type=positive(float, zero=True),
-        default=1.0,
-        metavar="A",
-        help="alpha; 0 leaves the term out (default 1)",
-    )
-    add(
-        "--hint-weight",
-        type=positive(float, zero=True),
-        default=1.0,
-        metavar="B",
-        help="beta; 0 leaves the term out (default 1)",
-    )
-    add("--temperature", type=positive(float), default=1.0, metavar="T", help="of the KL term (default 1)")
-    add(
-        "--distill-warmup",
-        type=positive(float, zero=True),
-        metavar="F",
-        help="share of the steps over which alpha and beta grow from 0",
-    )
-    add("--detach-teacher", action=flag, default=True, help="stop KL and hint gradients at the teacher's outputs")
-    add("--label-fraction", type=positive(float), default=1.0, metavar="F", help="share of each label's training clips")
-    add("--fold", type=fold, default="1/5", metavar="I/N", help="speakers dealt into N groups, the I-th is test")
-    add("--window", choices=("natural", "tile"), help="clips at their own length, or repeated or cut to --seconds")
-    add("--seconds", type=positive(float), metavar="S", help="longer training clips are cropped at random; tile: to")
-    add("--epochs", type=positive(int), metavar="N", help="passes over the training clips")
-    add("--batch-size", type=positive(int), default=16, metavar="N", help="clips, of all processes (default 16)")
-    add("--accumulate", type=positive(int), default=1, metavar="N", help="batches per step (default 1)")
-    add("--lr", type=positive(float), metavar="X", help="learning rate of the backbone")
-    add("--head-lr", type=positive(float), metavar="X", help="learning rate of the exits")
-    add("--freeze-cnn", action=flag, help="leave the convolutional encoder as it is")
-    add(
-        "--dtype", choices=("float32", "bfloat16"), help="bfloat16: by autocast; fast's where the device computes in it"
-    )
-    add("--seed", type=positive(int, zero=True), default=0, metavar="N", help="default 0")
+    add("--kl-weight", type=real_or_0, default=1.0, metavar="A", help="alpha; 0 drops the term (default 1)")
+    add("--hint-weight", type=real_or_0, default=1.0, metavar="B", help="beta; 0 drops the term (default 1)")
+    add("--temperature", type=real, default=1.0, metavar="T", help="of the KL term (default 1)")
+    add("--distill-warmup", type=real_or_0, metavar="F", help="share of the steps over which alpha and beta ramp up")
+    add("--detach-teacher", action=on_or_off, default=True, help="no KL and hint gradient to the teacher's outputs")
+    add("--label-fraction", type=real, default=1.0, metavar="F", help="share of each label's training clips")
+    add("--fold", type=fold, default="1/5", metavar="I/N", help="deal speakers into N groups; the I-th is test")
+    add("--window", choices=("natural", "tile"), help="clips at original length, or repeated or cut to --seconds")
+    add("--seconds", type=real, metavar="S", help="natural: crop longer training clips at random; tile: length")
+    add("--epochs", type=whole, metavar="N", help="passes over the training clips")
+    add("--batch-size", type=whole, default=16, metavar="N", help="clips, over all processes (default 16)")
+    add("--accumulate", type=whole, default=1, metavar="N", help="batches per step (default 1)")
+    add("--lr", type=real, metavar="X", help="learning rate of the backbone")
+    add("--head-lr", type=real, metavar="X", help="learning rate of the exits")
+    add("--freeze-cnn", action=on_or_off, help="do not train the convolutional encoder")
+    add("--dtype", choices=("float32", "bfloat16"), help="fast: bfloat16 (autocast) if the device computes in it")
+    add("--seed", type=whole_or_0, default=0, metavar="N", help="default 0")
     add("--skip-bad", action="store_true", help="decode every file first, and leave out those that cannot be read")
 
-    given = parser.parse_args(argv)
-    preset = given.preset or ("toy" if given.backbone in (None, *sdser.SIZES) else "fast")
-    column = PRESET_NAMES.index(preset)
-    parser.set_defaults(preset=preset, data="synthetic", **{name: row[column] for name, row in PRESETS.items()})
+    preset = parser.parse_args(argv).preset
+    if preset is None:
+        preset = "toy" if parser.parse_args(argv).backbone in (None, *sdser.SIZES) else "fast"
+    for name, values in PRESETS.items():
+        parser.set_defaults(**{name: values[PRESET_NAMES.index(preset)]})
+    parser.set_defaults(preset=preset, data="synthetic")
     args = parser.parse_args(argv)
     if args.head_lr is None:
         args.head_lr = args.lr
@@ -170,9 +148,10 @@ def fold(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     """Trains, keeps the best epoch by dev UAR, scores it once on test, and reports."""
-    start, out, state, moved_to = time.time(), Path(args.out), None, None
+    start, out = time.time(), Path(args.out)
+    state = load_state(out) if args.resume else None
+    moved_to = args.data if args.resume else None
     if args.resume:
-        state, moved_to = load_state(out), args.data
         given = {name: value for name, value in vars(args).items() if value is not None}
         args = argparse.Namespace(**{**state["args"], **given})
     elif out.is_dir() and any(out.iterdir()):
@@ -195,10 +174,9 @@ def run(args: argparse.Namespace) -> None:
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
             log = state["log"]
-    total = sum(p.numel() for p in model.parameters()) / 1e6
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    print(f"{args.backbone}: exits {model.exits}, {total:.1f} M parameters, {trained:.1f} M trained, "
-          f"preset {args.preset}, {args.dtype} on {args.device}")  # fmt: skip
+    print(f"{args.backbone}, preset {args.preset}: exits {model.exits}, {trained:.1f} M parameters to train, "
+          f"{args.dtype} on {args.device}")  # fmt: skip
     parallel = DistributedDataParallel(model) if WORLD > 1 else model  # averages gradients over processes
 
     # Each epoch seeds its own dropout, masks, crops and order, so that a resumed run repeats an unbroken one.
@@ -211,18 +189,19 @@ def run(args: argparse.Namespace) -> None:
         first_step = (epoch - 1) * steps_per_epoch
         losses = train_epoch(parallel, dataset, batches, optimizer, scheduler, args, first_step, title)
         line = {"epoch": epoch, **losses, "lr": scheduler.get_last_lr()[0]}
-        best, told = True, ""  # --final has no dev to choose by: the last epoch is kept
+        message = f"{title}  loss {losses['loss']:.3f}"
+        best = True  # --final has no dev clips to choose by: the last epoch is kept
         if not args.final:
-            with autocast(args):
-                line["dev"] = score(model, [clip for clip in clips if clip.split == "dev"], args)
+            with autocast(args):  # as in training: it is as fast, and good enough to choose by
+                line["dev"] = score(model, clips, "dev", args)
             uars = {row["exit"]: row["uar"] for row in line["dev"]["exits"]}
             line["dev_uar"] = sum(uars.values()) / len(uars)
             best = all(line["dev_uar"] > earlier["dev_uar"] for earlier in log)
-            told = "  dev UAR at exit " + "  ".join(f"{exit}: {uar:.3f}" for exit, uar in uars.items())
-            told += "  best" if best else ""
+            message += "  dev UAR at exit " + "  ".join(f"{exit}: {uar:.3f}" for exit, uar in uars.items())
+            message += "  best" if best else ""
         line["seconds"] = time.time() - epoch_start
         log.append(line)
-        print(f"{title}  loss {losses['loss']:.3f}{told}", flush=True)
+        print(message, flush=True)
         if RANK == 0:
             save_epoch(out, args, clips, log, best, model, optimizer, scheduler)
 
@@ -232,9 +211,9 @@ def run(args: argparse.Namespace) -> None:
     model = sdser.MultiExitSER.from_pretrained(out).to(args.device)
     results = {"labels": labels, "args": vars(args), "seconds": round(time.time() - start, 1)}
     for split in ("test",) if args.final else ("dev", "test"):
-        results[split] = score(model, [clip for clip in clips if clip.split == split], args)
+        results[split] = score(model, clips, split, args)
     if RANK == 0:
-        write_text(out / "results.json", json.dumps(results, indent=2))
+        sdser.replace_file(out / "results.json", json.dumps(results, indent=2))
         report(results, log, out)
 
 
@@ -244,8 +223,9 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, first_step:
     batches: indices into the dataset; of several processes, each takes its share of every batch.
     """
     model.train()
+    # Of 5 clips, the first of 2 processes takes 3 and the other 2. One that gets none of a small batch reads a clip all
+    # the same, at weight 0, since all must take part in a step.
     shares = [batch[RANK::WORLD] for batch in batches]
-    # a process without a share reads a clip all the same, at weight 0: all must take part in a step
     reads = [share or batch[:1] for share, batch in zip(shares, batches)]
     class_weights = inverse_frequencies(dataset).to(args.device) if args.balanced else None
     sums, total_steps = Counter(), args.epochs * math.ceil(len(batches) / args.accumulate)
@@ -262,8 +242,8 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, first_step:
             outputs, targets.to(args.device), ramp * args.kl_weight, ramp * args.hint_weight, args.temperature,
             args.detach_teacher, class_weights,
         )  # fmt: skip
-        # so that the step's gradient is that of one large batch; averaged over processes, hence times WORLD
-        weight = len(shares[i]) / clips_in_step * WORLD
+        # A batch counts by its share of the step's clips, so that the gradient is that of one large batch.
+        weight = len(shares[i]) / clips_in_step * WORLD  # times WORLD, since gradients are averaged over processes
         (weight * loss).backward()
         for name, value in {"loss": loss.detach(), **parts}.items():
             sums[name] += value * len(shares[i])  # on the device, read once an epoch
@@ -272,9 +252,7 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, first_step:
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm or math.inf)
             if not (loss + norm).isfinite():
                 names = ", ".join(dataset.clips[k].path for k in reads[i])
-                raise ValueError(
-                    f"loss or gradient is not finite; try a smaller --lr or --dtype float32 (after {names})"
-                )
+                raise ValueError(f"loss or gradient not finite; try a smaller --lr or --dtype float32 (after {names})")
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
@@ -313,16 +291,13 @@ def inverse_frequencies(dataset: "ClipDataset") -> Tensor:
     return torch.tensor([len(dataset) / len(counts) / counts[label] for label in dataset.labels])
 
 
-def score(model: sdser.MultiExitSER, clips: list["Clip"], args) -> dict:
-    """{"exits": [{"exit", "uar", "accuracy", "macro_f1"}, ...], "fusion": {...}}.
-
-    Fusion is that of the students, as in the authors' code; with fewer than two there is none.
-    """
+def score(model: sdser.MultiExitSER, clips: list["Clip"], split: str, args) -> dict:
+    """{"exits": [{"exit", "uar", "accuracy", "macro_f1"}, ...], "fusion": {...}}: of the students, if two or more."""
+    clips = [clip for clip in clips if clip.split == split]
     logits = predict(model, clips, args.batch_size, args.workers)  # (exits, N, C)
     targets = [model.labels.index(clip.label) for clip in clips]
-    results = {"exits": []}
-    for exit, answers in zip(model.exits, logits):
-        results["exits"].append({"exit": exit, **sdser.scores(targets, answers.argmax(-1), len(model.labels))})
+    rows = [sdser.scores(targets, answers.argmax(-1), len(model.labels)) for answers in logits]
+    results = {"exits": [{"exit": exit, **row} for exit, row in zip(model.exits, rows)]}
     if len(logits) > 2:
         results["fusion"] = sdser.scores(targets, sdser.fuse(logits[:-1]).argmax(-1), len(model.labels))
     return results
@@ -333,7 +308,7 @@ def usable_device(name: str | None) -> str:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     with sdser.file_errors(f"--device {name}", "cannot be used here", "leave the flag out"):
         if name == "cuda":
-            torch.cuda.set_device(LOCAL_RANK)
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=name).item()
     return name
 
@@ -355,16 +330,15 @@ def save_epoch(out: Path, args, clips: list["Clip"], log: list[dict], best: bool
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["path", "label", "speaker", "split"])
         writer.writerows([os.path.abspath(clip.path), clip.label, clip.speaker, clip.split] for clip in clips)
-        write_text(out / "split.csv", text.getvalue())
+        sdser.replace_file(out / "split.csv", text.getvalue())
     if best:
         model.save_pretrained(out)
-    write_text(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+    sdser.replace_file(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
     state = {"args": vars(args), "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
              "scheduler": scheduler.state_dict()}  # fmt: skip
     memory = io.BytesIO()  # first, since torch's zip writer hides why a file cannot be written
     torch.save(state, memory)
-    with sdser.replacing(out / "train_state.pt") as file:
-        file.write(memory.getbuffer())
+    sdser.replace_file(out / "train_state.pt", memory.getbuffer())
 
 
 def load_state(out: Path) -> dict:
@@ -372,11 +346,6 @@ def load_state(out: Path) -> dict:
     path = out / "train_state.pt"
     with sdser.file_errors(path, "there is no run to resume", "leave --resume out, and train in a new folder"):
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def write_text(path, text: str) -> None:
-    with sdser.replacing(path) as file:
-        file.write(text.encode())
 
 
 def check_writable(path, folder: bool = False) -> None:
@@ -469,14 +438,13 @@ def load_corpus(source) -> list[Clip]:
         recordings = [(clip.path, clip.label, clip.split) for clip in listed]
     else:
         raise FileNotFoundError(f"{source}: no such folder or manifest; give one, or synthetic")
-    clips = {}
+    clips, twice = {}, []
     for recording, clip in zip(recordings, listed):
-        first = clips.setdefault(recording, clip)
-        if first is not clip:
-            again = f"{first.path} and {clip.path}"
-    if len(clips) < len(listed):
-        warnings.warn(f"{source}: {len(listed) - len(clips)} clips are there twice and counted once, as {again}",
-                      stacklevel=2)  # fmt: skip
+        if recording in clips:
+            twice.append(f"{clip.path} beside {clips[recording].path}")
+        clips.setdefault(recording, clip)
+    if twice:
+        warnings.warn(f"{source}: {len(twice)} clips occur twice and count once, {twice[0]} for one", stacklevel=2)
     return list(clips.values())
 
 
@@ -489,29 +457,26 @@ def read_folder(folder: str) -> list[Clip]:
             files.append(path)
     if not files:
         raise ValueError(f"{folder}: holds no audio files ({', '.join(AUDIO_ENDINGS)})")
-
-    matched = {}
-    for title, (pattern, labels) in CORPORA.items():
-        found = {}
-        for path in files:
-            match = re.fullmatch(rf"(?:.*/)?{pattern}", path.with_suffix("").as_posix())
-            if match:
-                found[path] = match
-        if len(found) > len(matched):
-            corpus, meaning, matched = title, labels, found
-    if not matched:
-        raise ValueError(f"{folder}: {files[0].name} is no file name of a known corpus ({', '.join(CORPORA)}); "
+    matches = {}  # corpus -> a match, or None, for each file
+    for corpus, (pattern, _) in CORPORA.items():
+        pattern = re.compile(rf"(?:.*/)?{pattern}")
+        matches[corpus] = [pattern.fullmatch(path.with_suffix("").as_posix()) for path in files]
+    corpus = min(CORPORA, key=lambda corpus: matches[corpus].count(None))
+    clips, others, meaning = [], [], CORPORA[corpus][1]
+    for path, match in zip(files, matches[corpus]):
+        if match is None:
+            others.append(path)
+        elif match["label"] not in meaning:
+            raise ValueError(f"{path}: unknown emotion {match['label']!r}; {corpus} has {', '.join(meaning)}")
+        else:
+            speaker = "OAF" if match["speaker"] == "OA" else match["speaker"]  # a few files of TESS
+            clips.append(Clip(str(path), meaning[match["label"]], speaker))
+    if not clips:
+        raise ValueError(f"{folder}: {files[0].name} is not named as in a known corpus ({', '.join(CORPORA)}); "
                          "give a manifest (docs/corpora.md)")  # fmt: skip
-    others = [path for path in files if path not in matched]
     if others:
         warnings.warn(f"{folder}: {len(others)} of {len(files)} audio files are not of {corpus} and left out, "
                       f"{others[0]} for one", stacklevel=3)  # fmt: skip
-    clips = []
-    for path, match in matched.items():
-        if match["label"] not in meaning:
-            raise ValueError(f"{path}: unknown emotion {match['label']!r}; {corpus} has {', '.join(meaning)}")
-        speaker = "OAF" if match["speaker"] == "OA" else match["speaker"]  # a few files of TESS
-        clips.append(Clip(str(path), meaning[match["label"]], speaker))
     return clips
 
 
@@ -556,14 +521,9 @@ VOWELS = [(730, 1090, 2440), (270, 2290, 3010), (300, 870, 2240), (530, 1840, 24
 
 
 def synthesize(prosody: tuple, pitch: float, size: float, rng: np.random.Generator) -> np.ndarray:
-    """Syllables of one vowel: harmonics of a moving pitch, the louder the nearer they are to a formant.
+    """Syllables of one vowel, (T,) float32, 1.0 to 1.6 s: harmonics of a moving pitch, louder near a formant.
 
-    Args:
-        prosody: a row of PROSODY.
-        pitch: the speaker's mean, Hz.
-        size: the speaker's formants relative to VOWELS.
-    Returns:
-        (T,) float32 at 16 kHz, 1.0 to 1.6 s.
+    prosody: a row of PROSODY; pitch: the speaker's mean, Hz; size: the speaker's formants relative to VOWELS.
     """
     raised, contour, tempo, fall, breath = prosody
     seconds = rng.uniform(1.0, 1.6)
@@ -625,12 +585,11 @@ def split_clips(clips: list[Clip], fold: tuple[int, int] = (1, 5), final: bool =
 
 
 def deal_speakers(clips: list[Clip], index: int, count: int) -> list[Clip]:
-    """The dealing behind `split_clips`: the largest speaker first, each to the group that is emptiest by then."""
-    sizes = Counter()
+    """The largest speaker first, each to the group that is emptiest by then."""
+    sizes = Counter(clip.speaker for clip in clips)
     for clip in clips:
         if clip.speaker is None:
             raise ValueError(f"{clip.path}: has neither speaker nor split; the manifest must give one of them")
-        sizes[clip.speaker] += 1
     if len(sizes) < count:
         raise ValueError(f"{len(sizes)} speakers are too few for {count} groups; give --fold I/N of fewer groups, "
                          "at least 3, or join corpora in a manifest")  # fmt: skip
@@ -717,11 +676,10 @@ def find_again(own: list[Clip], elsewhere: list[Clip]) -> list[Clip]:
 
 def keep_labels(clips: list[Clip], labels: list[str] | None, source: str) -> list[Clip]:
     """The clips of these labels; of all labels for None."""
+    known = {clip.label for clip in clips}
     if labels is None:
         return clips
-    known = {clip.label for clip in clips}
-    unknown = [label for label in labels if label not in known]
-    if unknown or len(set(labels)) < 2:
+    if len(set(labels)) < 2 or not set(labels) <= known:
         raise ValueError(f"--labels {' '.join(labels)}: give at least two of {', '.join(sorted(known))} ({source})")
     return [clip for clip in clips if clip.label in labels]
 
@@ -746,26 +704,21 @@ def look_at(clips: list[Clip], skip_bad: bool = False) -> list[Clip]:
     with ThreadPoolExecutor(8) as pool:  # waits for disks, not for this processor
         found = list(progress(pool.map(measure, clips), "looking at files", len(clips)))
     bad = [item for item in found if isinstance(item, Exception)]
-    if bad and not skip_bad:
-        raise ValueError(f"{bad[0]} ({len(bad)} of {len(clips)} clips are bad; --skip-bad leaves them out)")
+    if bad and (not skip_bad or len(bad) == len(clips)):
+        raise ValueError(f"{bad[0]} ({len(bad)} of {len(clips)} clips are bad; --skip-bad goes on with the others)")
     for error in bad if RANK == 0 else []:
         warnings.warn(f"left out: {error}", stacklevel=2)
-    if len(bad) == len(clips):
-        raise ValueError(f"none of the {len(clips)} clips can be read; the first: {bad[0]}")
     return [item for item in found if isinstance(item, Clip)]
 
 
 def take_fraction(clips: list[Clip], share: float, seed: int) -> list[Clip]:
     """Keeps all dev and test clips, and a share of each label's training clips; larger shares hold smaller ones."""
-    training = defaultdict(list)
-    for clip in clips:
-        if clip.split == "train":
-            training[clip.label].append(clip)
-    kept = set()
-    for label in sorted(training):
-        random.Random(seed).shuffle(training[label])
-        kept.update(training[label][: max(1, round(share * len(training[label])))])
-    return [clip for clip in clips if clip.split != "train" or clip in kept]
+    kept = {clip for clip in clips if clip.split != "train"}
+    for label in {clip.label for clip in clips}:
+        training = [clip for clip in clips if clip.split == "train" and clip.label == label]
+        random.Random(seed).shuffle(training)
+        kept.update(training[: max(1, round(share * len(training)))])
+    return [clip for clip in clips if clip in kept]
 
 
 def make_batches(clips: list[Clip], args, rng: np.random.Generator) -> list[list[int]]:
@@ -800,17 +753,16 @@ class ClipDataset(Dataset):
         return len(self.clips)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        clip = self.clips[i]
-        label = self.labels.index(clip.label)
-        if self.tile_seconds is not None:
-            samples = round(self.tile_seconds * sdser.SAMPLE_RATE)
-            return sdser.tile(sdser.load_audio(clip.path, seconds=self.tile_seconds), samples), label
-        if self.crop_seconds is None:
-            return sdser.load_audio(clip.path), label
-        # seeded by clip, so that neither workers nor processes nor a resumed run change the crop
-        start = random.Random(f"{self.seed} {i}").random() * max(0.0, clip.seconds - self.crop_seconds)
-        waveform = sdser.load_audio(clip.path, start, self.crop_seconds)
-        return waveform[: round(self.crop_seconds * sdser.SAMPLE_RATE)], label
+        clip, start, seconds = self.clips[i], 0.0, self.tile_seconds or self.crop_seconds
+        if self.crop_seconds and not self.tile_seconds:
+            # seeded by clip, so that neither workers nor processes nor a resumed run change the crop
+            start = random.Random(f"{self.seed} {i}").random() * max(0.0, clip.seconds - seconds)
+        waveform = sdser.load_audio(clip.path, start, seconds)
+        if self.tile_seconds:
+            waveform = sdser.tile(waveform, round(seconds * sdser.SAMPLE_RATE))
+        elif self.crop_seconds:
+            waveform = waveform[: round(seconds * sdser.SAMPLE_RATE)]
+        return waveform, self.labels.index(clip.label)
 
 
 def load(dataset: Dataset, batches: list[list[int]], workers: int) -> DataLoader:
@@ -887,10 +839,8 @@ def script(when_interrupted: str = "interrupted"):
         print(when_interrupted, file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        sentence = (
-            str(error).strip().rpartition("\n")[2]
-        )  # one that a loading process raised stands below its traceback
-        print(f"error: {sentence}", file=sys.stderr)
+        # an error of a loading process is the last line of its traceback
+        print(f"error: {str(error).strip().rpartition(chr(10))[2]}", file=sys.stderr)
         sys.exit(2)
     if WORLD > 1:
         dist.destroy_process_group()

@@ -75,7 +75,7 @@ def test_costs_of_every_layout_and_head(layout):
     for k, kind in zip(model.exits, sdser.HEADS):
         total = before + k * layer + t * heads[kind] + 256 * (d + 3)
         assert evaluate.count_macs(model, 32_000, k) == pytest.approx(total, rel=0.005)
-        assert evaluate.count_parameters(model, k, [k]) == sum(p.numel() for p in model.truncate(k).parameters())
+        assert evaluate.count_parameters(model, [k]) == sum(p.numel() for p in model.truncate(k).parameters())
 
 
 def test_macs_of_tiles_and_of_heads_on_the_way():
@@ -104,14 +104,13 @@ def made_up(wrong: float, speakers=12) -> evaluate.Scored:
 def test_bootstrap_draws_speakers_with_all_their_clips():
     scored = made_up(wrong=0.3)
     targets, answers = scored.targets, scored.logits[0].argmax(-1).numpy()
-    speakers = evaluate.speakers_or_clips(scored.clips)
-    draws = evaluate.bootstrap(targets, answers[None], speakers, 3)[0]
-    rng, names, expected = np.random.default_rng(1), np.unique(speakers), []
+    draws = evaluate.bootstrap(targets, answers[None], scored.units, 3)[0]
+    rng, names, expected = np.random.default_rng(1), np.unique(scored.units), []
     for _ in range(1000):  # the plain way: draw speakers, put their clips together, score them
-        clips = np.concatenate([np.flatnonzero(speakers == name) for name in rng.choice(names, len(names))])
+        clips = np.concatenate([np.flatnonzero(scored.units == name) for name in rng.choice(names, len(names))])
         expected.append(sdser.unweighted_average_recall(targets[clips], answers[clips], 3))
     assert draws.mean() == pytest.approx(np.mean(expected), abs=0.005)
-    assert evaluate.interval(draws) == pytest.approx(np.percentile(expected, [2.5, 97.5]), abs=0.015)
+    assert np.percentile(draws, [2.5, 97.5]) == pytest.approx(np.percentile(expected, [2.5, 97.5]), abs=0.015)
 
 
 def test_bootstrap_averages_over_the_classes_that_are_drawn():
@@ -254,7 +253,7 @@ def test_another_corpus(runs, capsys):
     Path("new.csv").write_text("\n".join(rows))
     results = call(runs / "fold1", "--data", "new.csv", "--against", runs / "other")
     assert (results["split"], results["clips"], results["speakers"]) == ("all", 6, None)
-    assert len(set(evaluate.speakers_or_clips(train.load_corpus("new.csv")))) == 6  # clips are drawn
+    assert len(set(evaluate.Scored(None, train.load_corpus("new.csv"), None, None).units)) == 6  # clips are drawn
     Path("new.csv").write_text("\n".join(rows).replace("sadness", "grief"))
     assert "grief" in refused(capsys, runs / "fold1", "--data", "new.csv")
 

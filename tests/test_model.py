@@ -142,8 +142,8 @@ def test_linear_layers_of_the_heads_start_as_the_authors():
 
 
 def test_heads_of_shallow_and_deepest_exit():
-    assert build(head="gru").arguments["head"] == ["gru", "gru", "mean"]
-    assert build(exits=[3], head="gru").arguments["head"] == ["gru"]
+    assert build(head="gru").head_kinds == ["gru", "gru", "mean"]
+    assert build(exits=[3], head="gru").head_kinds == ["gru"]
     assert len(build(exits=[3]).backbone.encoder.layers) == 3
 
 
