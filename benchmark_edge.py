@@ -74,12 +74,8 @@ def shipped() -> str:
 def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str) -> None:
     """Writes one exit as a file of its own, whole or not at all: raw waveform (1, T) at 16 kHz -> probabilities (1, C).
 
-    Args:
-        backend: fp32; int8 for an .onnx; bf16 for a .pt2, or aoti and aoti-bf16, compiled by AOTInductor for this kind
-            of processor, which takes a C++ compiler and a minute; transformers for a folder that `transformers` loads.
-        path: ending in .onnx, .pt2, or without an ending the folder of a checkpoint.
-    Raises:
-        ValueError: for a pair that cannot be written, or a package that is missing, saying what is possible.
+    backend, path: a pair of SHIPPED. aoti and aoti-bf16 are compiled by AOTInductor for this kind of processor, which
+    takes a C++ compiler and a minute. Raises ValueError for other pairs and missing packages, saying what is possible.
     """
     check_export(backend, path)
     small, ending = model.truncate(exit).requires_grad_(False), Path(path).suffix.lower()
@@ -96,7 +92,7 @@ def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str) -> Non
     from torch.export._patches import register_lstm_while_loop_decomposition as lstm_loop
 
     waveform, any_length = torch.randn(1, 3 * sdser.SAMPLE_RATE), ({1: torch.export.Dim.DYNAMIC},)
-    with tempfile.TemporaryDirectory() as folder, quietly():
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings(action="ignore"):
         fresh = os.path.join(folder, f"model{ending}")
         with gru_loop(), lstm_loop():
             program = torch.export.export(Shipped(small), (waveform,), dynamic_shapes=any_length)
@@ -154,8 +150,8 @@ def write_transformers(small: sdser.MultiExitSER, path: str) -> None:
     Its projector is linear, so that projecting and averaging over frames may change places.
     """
     if small.head_kinds != ["mean"] or small.tile_seconds:
-        raise ValueError(f"{path}: transformers has only mean heads, on clips that are not tiled, and this exit's is "
-                         f"{small.head_kinds[0]}; write an .onnx")  # fmt: skip
+        kind = "tiled clips" if small.tile_seconds else f"a {small.head_kinds[0]} head"
+        raise ValueError(f"{path}: transformers has mean heads and no tiling, this exit has {kind}; write an .onnx")
     config = type(small.backbone.config)(**small.backbone.config.to_dict())
     config.id2label = dict(enumerate(small.labels))
     config.label2id = {label: i for i, label in config.id2label.items()}
@@ -167,18 +163,6 @@ def write_transformers(small: sdser.MultiExitSER, path: str) -> None:
     model.save_pretrained(path)
     transformers.Wav2Vec2FeatureExtractor(do_normalize=config.do_normalize).save_pretrained(path)
     warnings.warn("in transformers, padding can change answers: give it one clip at a time", stacklevel=2)
-
-
-@contextlib.contextmanager
-def quietly():
-    """Without gradients, and without the exporters' remarks to their own developers."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(level)
 
 
 # -- running a file ---------------------------------------------------------------------------------------------------
@@ -243,11 +227,10 @@ BACKENDS = {
 
 def load_clips(checkpoint: str | None) -> list[np.ndarray]:
     """Eight waveforms (1, T): the checkpoint's own test clips where they are at hand, else synthetic voices."""
-    split = Path(checkpoint or "", "split.csv")
-    if checkpoint and split.is_file():
+    if checkpoint:
         with contextlib.suppress(OSError, ValueError):
-            test = [clip.path for clip in train.load_corpus(split) if clip.split == "test"]
-            return [sdser.read_clip(path)[None].numpy() for path in test[:: math.ceil(len(test) / 8)]]
+            test = evaluate.choose_clips(checkpoint, "test", None)
+            return [sdser.read_clip(clip.path)[None].numpy() for clip in test[:: math.ceil(len(test) / 8)]]
     rng, voices = np.random.default_rng(0), []
     for prosody in train.PROSODY.values():
         voices += [train.synthesize(prosody, pitch, 1.0, rng)[None] for pitch in (110, 200)]
@@ -344,21 +327,19 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
 
 
 def report(results: dict, args) -> None:
-    """A table for each number of threads, and what to take from it."""
+    """The table, and what to take from it."""
     machine, cells = results["machine"], defaultdict(list)
     for row in results["rows"]:
         cells[row["threads"], row["exit"], row["backend"]].append(row)
     print(f"{args.checkpoint or args.backbone} on {machine['cpu']}, {machine['cores']} cores, torch {machine['torch']}")
-    for threads in args.threads:
-        print(f"\nmilliseconds for one clip, median (95 %), {threads} thread(s), {args.rounds} runs")
-        lengths = "".join(f"{f'{seconds:g} s':>16}" for seconds in args.seconds)
-        print(f"exit  backend         {lengths}  peak MB  file MB  change")
-        for (count, exit, backend), rows in cells.items():
-            if count == threads:
-                times = "".join(f"{row['p50_ms']:8.1f} ({row['p95_ms']:5.1f})" for row in rows)
-                peak = f"{rows[0]['peak_rss_mb']:.0f}" if rows[0]["peak_rss_mb"] else "-"
-                print(f"{exit:4}  {backend:16}{times}  {peak:>7}  {rows[0]['size_mb']:7.1f}  "
-                      f"{rows[0]['max_probability_change']:.0e}")  # fmt: skip
+    print(f"milliseconds for one clip, median (95 %) of {args.rounds} runs\n")
+    lengths = "".join(f"{f'{seconds:g} s':>16}" for seconds in args.seconds)
+    print(f"threads  exit  backend         {lengths}  peak MB  file MB  change")
+    for threads, exit, backend in sorted(cells, key=lambda cell: cell[0]):
+        rows = cells[threads, exit, backend]
+        times = "".join(f"{row['p50_ms']:8.1f} ({row['p95_ms']:5.1f})" for row in rows)
+        peak, change = rows[0]["peak_rss_mb"] or math.nan, rows[0]["max_probability_change"]
+        print(f"{threads:7}  {exit:4}  {backend:16}{times}  {peak:7.0f}  {rows[0]['size_mb']:7.1f}  {change:.0e}")
     print("\npeak MB: of a process that runs that file alone; change: the largest of a probability on real clips")
     for threads in args.threads if args.budget_ms else []:
         for seconds in args.seconds:
@@ -412,6 +393,7 @@ def ship(model: sdser.MultiExitSER, args) -> None:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
+    logging.disable(logging.WARNING)  # the exporters' remarks to their own developers
     with train.script():
         for path in filter(None, (args.json, args.plot)):
             train.check_writable(path)

@@ -7,8 +7,6 @@
     python evaluate.py out --audio a.wav b.flac             # classify files
 
 The threshold of early exit that it chooses on dev is kept in the checkpoint's config.json.
-
-Read top to bottom: the flags, scoring, intervals, early exit, cost, the report, the plots, classifying files.
 """
 
 import argparse
@@ -56,7 +54,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-# -- scoring ----------------------------------------------------------------------------------------------------------
+# -- scoring, and intervals -------------------------------------------------------------------------------------------
 
 
 class Scored(NamedTuple):
@@ -85,13 +83,11 @@ def load_and_score(checkpoints: list[str], split: str | None, source: str | None
         model = sdser.MultiExitSER.from_pretrained(checkpoint).to(device)
         kind = (model.labels, model.exits, model.head_kinds, model.tile_seconds)
         if kinds and kind not in kinds:
-            raise ValueError(f"{checkpoint}: has other labels, exits, heads or windows than {checkpoints[0]}; "
-                             "pool runs of one kind")  # fmt: skip
+            raise ValueError(f"{checkpoint}: its labels, exits, heads or window differ; pool runs of one kind")
         own = train.look_at(choose_clips(checkpoint, split, source))
         for clip in own:
             if clip.label not in model.labels:
-                raise ValueError(f"{clip.path}: is labelled {clip.label}, which {checkpoint} does not know (it knows "
-                                 f"{', '.join(model.labels)}); leave such clips out by a manifest")  # fmt: skip
+                raise ValueError(f"{clip.path}: {checkpoint} knows {', '.join(model.labels)}, not {clip.label}")
         kinds.append(kind)
         clips += own
         run += [i] * len(own)
@@ -111,8 +107,8 @@ def choose_clips(checkpoint: str, split: str | None, source: str | None) -> list
     if source is not None and os.path.isfile(listed):
         own = train.find_again(train.load_corpus(listed), clips)
         if own and len(own) < len(clips):
-            warnings.warn(f"{source}: {len(own)} of its {len(clips)} clips are those of {checkpoint}, and the others "
-                          "are not scored", stacklevel=2)  # fmt: skip
+            others = len(clips) - len(own)
+            warnings.warn(f"{source}: {others} clips that are not {checkpoint}'s are not scored", stacklevel=2)
         clips = own or clips
     if split is None and any(clip.split for clip in clips):
         split = "test"
@@ -121,9 +117,6 @@ def choose_clips(checkpoint: str, split: str | None, source: str | None) -> list
     if not clips:
         raise ValueError(f"{source or checkpoint}: has no clips in the split {split}")
     return clips
-
-
-# -- intervals --------------------------------------------------------------------------------------------------------
 
 
 def bootstrap(targets, predictions, units, num_classes: int) -> np.ndarray:
@@ -162,7 +155,7 @@ def compare(ours: Scored, theirs: Scored) -> list[dict]:
     return rows
 
 
-# -- early exit -------------------------------------------------------------------------------------------------------
+# -- early exit, and cost ---------------------------------------------------------------------------------------------
 
 
 def exit_index(logits: torch.Tensor, thresholds) -> np.ndarray:
@@ -206,16 +199,11 @@ def calibrate(checkpoints: list[str], args) -> list[float]:
     return chosen
 
 
-# -- cost -------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def count_macs(model: sdser.MultiExitSER, samples: int, exit: int, heads_on_the_way: bool = False) -> int:
     """Multiply-accumulates of the matrix products and convolutions that answer for one clip at an exit.
 
-    Args:
-        samples: the clip's length at 16 kHz (not tiled yet).
-        heads_on_the_way: also those of the shallower exits, which early exit runs.
+    samples: the clip's length at 16 kHz, not tiled yet. heads_on_the_way: with the shallower exits' heads.
     """
     if model.tile_seconds:
         samples = round(model.tile_seconds * sdser.SAMPLE_RATE)
@@ -241,7 +229,7 @@ def count_parameters(model: sdser.MultiExitSER, exits: list[int]) -> int:
     return total - sum(p.numel() for p in model.backbone.encoder.layers[exits[-1] :].parameters())
 
 
-# -- the report -------------------------------------------------------------------------------------------------------
+# -- the report, and plots --------------------------------------------------------------------------------------------
 
 
 def predict_rows(scored: Scored, thresholds=None) -> dict:
@@ -294,7 +282,7 @@ def evaluate(args) -> tuple[dict, list[tuple[float, float]]]:
         results["mean_layers"] = costs["early exit"][0]
         for threshold in THRESHOLDS:
             uar = sdser.unweighted_average_recall(targets, early_predictions(scored.logits, threshold), len(labels))
-            curve.append((on_the_way[exit_index(scored.logits, threshold)].mean(), uar))
+            curve.append((on_the_way[exit_index(scored.logits, threshold)].mean() / 1e9, uar))
     if args.against:
         results["against"] = compare(scored, load_and_score(args.against, args.split, args.data, args.device))
     return results, curve
@@ -312,10 +300,10 @@ def report(results: dict, args) -> None:
         cost = f"{row['layers']:6.3g}  {row['parameters'] / 1e6:8.2f}  {row['macs_per_second'] / 1e9:6.2f}"
         worth = f"{row['uar']:.3f}  {low:.3f} to {high:.3f}  {row['accuracy']:8.3f}  {row['macro_f1']:8.3f}"
         print(f"{name:12}  {cost}  {worth}")
-    whom = "speakers unknown, so the intervals are over clips and too narrow"
+    speakers = "unknown speakers (so the intervals are too narrow)"
     if results["speakers"]:
-        whom = f"{results['speakers']} speakers{', so the intervals are rough' if results['speakers'] < 8 else ''}"
-    print(f"{results['clips']} clips, {whom}; chance is {results['chance']:.3f}")
+        speakers = f"{results['speakers']} speakers{' (few: rough intervals)' if results['speakers'] < 8 else ''}"
+    print(f"{results['clips']} clips of {speakers}; chance is {results['chance']:.3f}")
     print("GMAC/s: billions of multiply-accumulates per second of audio, for a clip of the mean length")
     if results["thresholds"]:
         leaves = ", ".join(f"{100 * share:.0f} % at exit {k}" for k, share in results["exit_share"].items())
@@ -333,35 +321,26 @@ def report(results: dict, args) -> None:
             print(f"  {row['exit']!s:8} {row['difference']:+.3f}  {row['ci95'][0]:+.3f} to {row['ci95'][1]:+.3f}")
 
 
-# -- plots ------------------------------------------------------------------------------------------------------------
-
-
 def plot(results: dict, curve: list[tuple[float, float]], folder: str) -> None:
     """Writes uar_against_cost.png and confusion.png."""
-    pyplot = import_pyplot()
-    rows = {row["exit"]: row for row in results["rows"]}
-    cost = {exit: row["macs_per_second"] / 1e9 for exit, row in rows.items()}
-    exits = [exit for exit in rows if isinstance(exit, int)]
-
+    pyplot, exits = import_pyplot(), [row for row in results["rows"] if isinstance(row["exit"], int)]
     figure, axes = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
-    uars = np.array([rows[exit]["uar"] for exit in exits])
-    errors = np.abs(np.array([rows[exit]["uar_ci95"] for exit in exits]).T - uars)
-    style = dict(fmt="o", color="black", capsize=3, label="one exit (95 % interval)")
-    axes.errorbar([cost[exit] for exit in exits], uars, errors, **style)
-    for exit in exits:
-        axes.annotate(f"exit {exit}", (cost[exit], rows[exit]["uar"]), (-5, 6), textcoords="offset points", ha="right")
-    if curve:
-        macs, uars = np.array(curve).T
-        axes.plot(macs / 1e9, uars, "-", color="gray", zorder=0, label="early exit, all thresholds")
-        axes.plot(cost["early exit"], rows["early exit"]["uar"], "*", color="black", markerfacecolor="white",
-                  markersize=14, label="early exit, threshold chosen on dev")  # fmt: skip
+    for row in results["rows"]:
+        cost, uar = row["macs_per_second"] / 1e9, row["uar"]
+        error = np.abs(np.array([row["uar_ci95"]]).T - uar)
+        if row in exits:
+            axes.errorbar(cost, uar, error, fmt="o", color="black", capsize=3)
+            axes.annotate(f"exit {row['exit']}", (cost, uar), (-5, 6), textcoords="offset points", ha="right")
+        elif row["exit"] == "early exit":
+            axes.plot(cost, uar, "*", color="black", markersize=12, label="early exit, threshold chosen on dev")
+            axes.plot(*np.array(curve).T, "-", color="gray", zorder=0, label="early exit, all thresholds")
     axes.axhline(results["chance"], color="gray", linestyle=":", label="chance")
-    axes.set(xlabel="billion multiply-accumulates per second of audio", ylabel="UAR", ylim=(0, 1))
-    axes.set_xlim(0, 1.1 * max(cost.values()))
+    axes.set(xlabel="billion multiply-accumulates per second of audio", ylabel="UAR (95 % interval)", ylim=(0, 1))
+    axes.set_xlim(0, None)
     axes.legend(loc="lower right", fontsize="small")
     save_figure(figure, Path(folder, "uar_against_cost.png"))
 
-    labels, confusion = results["labels"], np.array(rows[exits[-1]]["confusion"])
+    labels, confusion = results["labels"], np.array(exits[-1]["confusion"])
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     size = 2.5 + 0.6 * len(labels)
     figure, axes = pyplot.subplots(figsize=(size + 0.5, size), layout="constrained")
@@ -370,7 +349,7 @@ def plot(results: dict, curve: list[tuple[float, float]], folder: str) -> None:
         axes.text(j, i, count, ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
     axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
     axes.set_yticks(range(len(labels)), labels)
-    axes.set(xlabel="predicted", ylabel="true", title=f"clips, exit {exits[-1]}")
+    axes.set(xlabel="predicted", ylabel="true", title=f"clips, exit {exits[-1]['exit']}")
     save_figure(figure, Path(folder, "confusion.png"))
     print(f"\nplots: {folder}/uar_against_cost.png, {folder}/confusion.png")
 

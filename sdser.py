@@ -424,10 +424,9 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
     @staticmethod
     def check_arguments(labels, exits, head, tile_seconds, layers: int) -> None:
         """Raises ValueError for arguments of `__init__` that name no model of a backbone with so many layers."""
-        if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
-            raise ValueError(f"labels {labels!r}: give a list of names")
-        if len(labels) < 2 or len(set(labels)) < len(labels):
-            raise ValueError(f"labels {list(labels)}: give at least two, all different")
+        names = [label for label in labels if isinstance(label, str)]
+        if isinstance(labels, str) or len(labels) < 2 or len(set(names)) < len(labels):
+            raise ValueError(f"labels {labels!r}: give a list of at least two names, all different")
         if not exits or any(a >= b for a, b in zip([0, *exits], exits)) or exits[-1] > layers:
             raise ValueError(f"exits {exits}: they must increase, from 1 to the backbone's {layers} layers at most")
         if len(head) != len(exits) or set(head) - set(HEADS):
@@ -440,12 +439,11 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
             raise ValueError(f"waveforms must be a (B, T) float tensor, not {waveforms.dtype} {tuple(waveforms.shape)}")
         shortest = longest = size = waveforms.shape[1]
-        one_each = lengths is None or lengths.shape == waveforms.shape[:1]
         if lengths is not None:
             shortest, longest = int(lengths.min()), int(lengths.max())
+        one_each = lengths is None or lengths.shape == waveforms.shape[:1]
         if not one_each or shortest < MIN_SAMPLES or longest > size:
-            raise ValueError(f"lengths {shortest} to {longest} in a batch {tuple(waveforms.shape)}: give one for each "
-                             f"clip, from {MIN_SAMPLES} samples, one frame, to all of them")  # fmt: skip
+            raise ValueError(f"lengths {shortest} to {longest}: give one per clip, {MIN_SAMPLES} (a frame) to {size}")
         return None if shortest == size else lengths
 
     def check_early_exit(self, threshold: float) -> None:
@@ -541,16 +539,15 @@ def sample_time_mask(config: transformers.PretrainedConfig, hidden: Tensor, vali
 # layout: each sublayer is normalised before it, not after it.
 SIZES = {
     "tiny": dict(
-        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
-        conv_dim=[32] * 7, activation_dropout=0.0, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, conv_dim=[32] * 7,
+        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
     ),
     "small": dict(
-        hidden_size=192, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768,
-        conv_dim=[96] * 7, activation_dropout=0.0,
+        hidden_size=192, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768, conv_dim=[96] * 7,
     ),
-    "base": dict(activation_dropout=0.0, feat_proj_dropout=0.1),
+    "base": dict(feat_proj_dropout=0.1),
     "large": dict(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096, activation_dropout=0.0,
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
         feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True,
     ),
 }  # fmt: skip
@@ -571,7 +568,7 @@ def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
     if isinstance(backbone, dict):
         backbone, config = "the backbone's config", backbone
     elif backbone in SIZES:
-        config = {"model_type": "wav2vec2", **SIZES[backbone]}
+        config = {"model_type": "wav2vec2", "activation_dropout": 0.0, **SIZES[backbone]}
     else:
         backbone = os.fspath(backbone)
         problem = f"not a built-in size ({', '.join(SIZES)}), a folder of transformers, or a Hub model within reach"
@@ -652,10 +649,7 @@ def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor
 
 @contextlib.contextmanager
 def open_audio(file):
-    """Yields a file's name, its `soundfile.SoundFile`, and its length in samples, None where decoding alone tells.
-
-    What is done with them raises what `load_audio` raises.
-    """
+    """Yields a file's name, its `soundfile.SoundFile`, and its length in samples, None where decoding alone tells."""
     if hasattr(file, "read"):
         name, file = str(getattr(file, "name", "the file object")), io.BytesIO(file.read())
     else:
@@ -708,8 +702,7 @@ def check_header(name: str, sound: soundfile.SoundFile) -> None:
     if re.search("end-of-stream|after the last page", log, re.IGNORECASE):  # of an Ogg
         raise ValueError(f"{name}: cut short, its end is missing; replace the file")
     if sound.frames == 0:
-        raise ValueError(f"{name}: declares no audio; if the recorder was stopped before it wrote the length, "
-                         "ffmpeg -ignore_length 1 -i IN OUT.wav repairs it")  # fmt: skip
+        raise ValueError(f"{name}: declares no audio; ffmpeg -ignore_length 1 -i IN OUT.wav may repair it")
     if not 1000 <= sound.samplerate <= 1_000_000:  # resampling from what no device records takes gigabytes
         raise ValueError(f"{name}: a sample rate of {sound.samplerate} Hz, beyond 1 kHz to 1 MHz, cannot be right")
 

@@ -5,8 +5,8 @@
     python train.py --data path/to/RAVDESS --backbone facebook/wav2vec2-base
     torchrun --nproc_per_node=2 train.py                         # data-parallel, each process on its share of a batch
 
-Read top to bottom: the presets and flags; the run and its training loop; what a run writes; then the data, in the order
-in which a clip lives: where it comes from, its split, its batch; last, how the script ends.
+Read top to bottom: the presets and flags; the run and its training loop; what a run writes; then the data: where a clip
+comes from, its split, its batch; last, how the script ends.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import csv
 import hashlib
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -148,10 +147,10 @@ def fold(text: str) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     """Trains, keeps the best epoch by dev UAR, scores it once on test, and reports."""
-    start, out = time.time(), Path(args.out)
-    state = load_state(out) if args.resume else None
+    start, out, state = time.time(), Path(args.out), None
     moved_to = args.data if args.resume else None
     if args.resume:
+        state = load_state(out)
         given = {name: value for name, value in vars(args).items() if value is not None}
         args = argparse.Namespace(**{**state["args"], **given})
     elif out.is_dir() and any(out.iterdir()):
@@ -218,10 +217,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def train_epoch(model, dataset, batches, optimizer, scheduler, args, first_step: int, title: str) -> dict[str, float]:
-    """One pass over the training clips; returns the mean loss and its parts.
-
-    batches: indices into the dataset; of several processes, each takes its share of every batch.
-    """
+    """One pass over the training clips, in batches of indices; returns the mean loss and its parts."""
     model.train()
     # Of 5 clips, the first of 2 processes takes 3 and the other 2. One that gets none of a small batch reads a clip all
     # the same, at weight 0, since all must take part in a step.
@@ -257,8 +253,10 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, first_step:
             optimizer.zero_grad()
             scheduler.step()
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    values = summed(torch.stack(list(sums.values())).cpu()) / len(dataset)
-    return dict(zip(sums, values.tolist()))
+    totals = torch.stack(list(sums.values())).cpu()
+    if WORLD > 1:
+        dist.all_reduce(totals)  # over the processes
+    return dict(zip(sums, (totals / len(dataset)).tolist()))
 
 
 def autocast(args):
@@ -362,17 +360,13 @@ def report(results: dict, log: list[dict], out: Path) -> None:
     best = max(log, key=lambda line: line.get("dev_uar", line["epoch"]))["epoch"]
     kept = f"best epoch {best}, by dev UAR averaged over exits" if "dev" in results else f"last epoch, {best}, kept"
     print(f"\n{kept} (chance {1 / len(results['labels']):.3f})\n")
-    columns = {}  # split -> rows of exits, and fusion
-    for split in ("dev", "test"):
-        if split in results:
-            columns[split] = list(results[split]["exits"])
-            if "fusion" in results[split]:
-                columns[split].append({"exit": "fusion", **results[split]["fusion"]})
-    print("exit        " + "".join(f"{split + ' UAR':>10}  accuracy" for split in columns))
-    for i, row in enumerate(columns["test"]):
-        teacher = " (teacher)" if i > 0 and i == len(results["test"]["exits"]) - 1 else ""
-        scores = "".join(f"{rows[i]['uar']:10.3f}  {rows[i]['accuracy']:8.3f}" for rows in columns.values())
-        print(f"{row['exit']}{teacher}".ljust(12) + scores)
+    print("split    exit    UAR  accuracy  macro F1")
+    for split in [split for split in ("dev", "test") if split in results]:
+        rows = list(results[split]["exits"])
+        if "fusion" in results[split]:
+            rows.append({"exit": "fusion", **results[split]["fusion"]})
+        for row in rows:
+            print(f"{split:6} {row['exit']!s:>6}  {row['uar']:.3f}  {row['accuracy']:8.3f}  {row['macro_f1']:8.3f}")
     print(f"\nin {out}: config.json, model.safetensors, results.json, log.jsonl, split.csv, train_state.pt")
     print(f"next: python evaluate.py {shlex.quote(str(out))}")
 
@@ -419,14 +413,10 @@ SPLITS = ("train", "dev", "test")
 
 
 def load_corpus(source) -> list[Clip]:
-    """Lists the clips of a corpus; no audio is read.
+    """Lists the clips of a corpus, each once, with a split only where a manifest gives one; no audio is read.
 
-    Args:
-        source: "synthetic"; a folder of one of CORPORA, found out by its file names; or a CSV or TSV manifest.
-    Returns:
-        clips in a fixed order, each once, with a split only where a manifest gives one.
-    Raises:
-        FileNotFoundError, ValueError: naming the file and line and what would be right.
+    source: "synthetic", a folder of one of CORPORA, recognised by its file names, or a CSV or TSV manifest. Raises
+    FileNotFoundError or ValueError, naming the file and line and what would be right.
     """
     source = make_synthetic() if source == "synthetic" else os.fspath(source)
     if os.path.isdir(source):
@@ -472,11 +462,9 @@ def read_folder(folder: str) -> list[Clip]:
             speaker = "OAF" if match["speaker"] == "OA" else match["speaker"]  # a few files of TESS
             clips.append(Clip(str(path), meaning[match["label"]], speaker))
     if not clips:
-        raise ValueError(f"{folder}: {files[0].name} is not named as in a known corpus ({', '.join(CORPORA)}); "
-                         "give a manifest (docs/corpora.md)")  # fmt: skip
+        raise ValueError(f"{folder}: {files[0].name} is of no known corpus ({', '.join(CORPORA)}); give a manifest")
     if others:
-        warnings.warn(f"{folder}: {len(others)} of {len(files)} audio files are not of {corpus} and left out, "
-                      f"{others[0]} for one", stacklevel=3)  # fmt: skip
+        warnings.warn(f"{folder}: {len(others)} files are not {corpus}'s and left out, as {others[0]}", stacklevel=3)
     return clips
 
 
@@ -496,8 +484,7 @@ def read_manifest(manifest: str) -> list[Clip]:
             values = dict(zip(names, [value.strip() for value in row]))
             split = values.get("split") or None
             if len(row) != len(names) or not values["path"] or not values["label"] or split not in (None, *SPLITS):
-                raise ValueError(f"line {reader.line_num + 1}: {delimiter.join(row)!r}; each row has a path, a label, "
-                                 "and if it has a split, it is train, dev or test")  # fmt: skip
+                raise ValueError(f"line {reader.line_num + 1}: {row}; give path, label and maybe train, dev or test")
             path = os.path.normpath(os.path.join(os.path.dirname(manifest), values["path"]))
             clips.append(Clip(path, values["label"], values.get("speaker") or None, split))
     if not clips:
@@ -568,13 +555,9 @@ def make_synthetic(speakers: int = 12, clips: int = 24, seed: int = 0) -> str:
 def split_clips(clips: list[Clip], fold: tuple[int, int] = (1, 5), final: bool = False) -> list[Clip]:
     """Gives every clip a split, by speaker, every label in each split; depends on the clips and the fold alone.
 
-    Args:
-        clips: splits of their own are kept (all clips have one, or none).
-        fold: (I, N), I from 1: of N groups of speakers, group I is test, the next one dev, the rest train.
-        final: what would be dev trains too.
-    Raises:
-        ValueError: too few speakers, a split without some label, a speaker in two splits, a clip with neither speaker
-            nor split.
+    clips: splits of their own are kept. fold: (I, N), of N groups of speakers the I-th is test, the next one dev, the
+    rest train. final: dev trains too. Raises ValueError for too few speakers, a split without some label, a speaker in
+    two splits, or a clip with neither speaker nor split.
     """
     if not any(clip.split for clip in clips):
         clips = deal_speakers(clips, *fold)
@@ -591,8 +574,7 @@ def deal_speakers(clips: list[Clip], index: int, count: int) -> list[Clip]:
         if clip.speaker is None:
             raise ValueError(f"{clip.path}: has neither speaker nor split; the manifest must give one of them")
     if len(sizes) < count:
-        raise ValueError(f"{len(sizes)} speakers are too few for {count} groups; give --fold I/N of fewer groups, "
-                         "at least 3, or join corpora in a manifest")  # fmt: skip
+        raise ValueError(f"{len(sizes)} speakers are too few for {count} groups; give a --fold of fewer, at least 3")
     group_of, filled = {}, [0] * count
     for speaker in sorted(sizes, key=lambda speaker: (-sizes[speaker], speaker)):
         group_of[speaker] = filled.index(min(filled))
@@ -616,8 +598,8 @@ def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
     for split in splits:
         missing = set().union(*labels_of.values()) - labels_of[split]
         if missing:
-            raise ValueError(f"the {split} split has no {', '.join(sorted(missing))}, but every label must be in each: "
-                             "try another --fold, fewer groups, or leave the label out by --labels")  # fmt: skip
+            names = ", ".join(sorted(missing))
+            raise ValueError(f"the {split} split lacks {names}; try another --fold, or leave labels out by --labels")
 
 
 # -- its batch --------------------------------------------------------------------------------------------------------
@@ -625,6 +607,7 @@ def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
 
 def load_data(args, moved_to: str | None = None) -> tuple[list[str], list[Clip]]:
     """The labels, and the clips with their splits; looks at every file before any costs training; tells the counts."""
+    splits = ("train", "test") if args.final else SPLITS
     if args.resume:
         clips = load_corpus(Path(args.out, "split.csv"))
         if moved_to:
@@ -634,27 +617,27 @@ def load_data(args, moved_to: str | None = None) -> tuple[list[str], list[Clip]]
             clips = found
         clips = look_at(clips)
     else:
-        clips = keep_labels(load_corpus(args.data), args.labels, args.data)
+        clips = load_corpus(args.data)
+        if args.labels:
+            known = {clip.label for clip in clips}
+            if len(set(args.labels)) < 2 or not set(args.labels) <= known:
+                raise ValueError(f"--labels {' '.join(args.labels)}: give at least two of {', '.join(sorted(known))}")
+            clips = [clip for clip in clips if clip.label in args.labels]
         clips = look_at(split_clips(clips, args.fold, args.final), args.skip_bad)
-        check_splits(clips, ("train", "test") if args.final else SPLITS)  # bad clips may be left out
+        check_splits(clips, splits)  # bad clips may be left out
         clips = take_fraction(clips, args.label_fraction, args.seed)
     for clip in clips:
         if clip.split != "train" and clip.seconds > sdser.MAX_SECONDS:
-            raise ValueError(f"{clip.path}: {clip.seconds:.1f} s is longer than the limit of {sdser.MAX_SECONDS} s for "
-                             f"{clip.split} clips; cut it")  # fmt: skip
+            raise ValueError(f"{clip.path}: {clip.seconds:.1f} s is over the limit of {sdser.MAX_SECONDS} s; cut it")
     counts = Counter(clip.label for clip in clips)
     labels = sorted(counts)
-    for label, other in itertools.pairwise(sorted(labels, key=str.casefold)):
-        if label.casefold() == other.casefold():
-            warnings.warn(f"{args.data}: {label} and {other} are two labels; is that meant?", stacklevel=2)
+    if len({label.casefold() for label in labels}) < len(labels):
+        warnings.warn(f"{args.data}: some labels differ in case alone: {', '.join(labels)}", stacklevel=2)
     print(f"{args.data}: {', '.join(f'{label} {counts[label]}' for label in labels)}")
-    parts = []
-    for split in SPLITS:
+    for split in splits:
         part = [clip for clip in clips if clip.split == split]
         speakers = {clip.speaker for clip in part} - {None}
-        if part:
-            parts.append(f"{split} {len(part)} clips of {len(speakers) or 'unknown'} speakers")
-    print(", ".join(parts))
+        print(f"{split}: {len(part)} clips of {len(speakers) or 'unknown'} speakers")
     return labels, clips
 
 
@@ -667,21 +650,10 @@ def find_again(own: list[Clip], elsewhere: list[Clip]) -> list[Clip]:
         name = Path(clip.path).stem, clip.label
         paths = places.get((*name, clip.speaker), places.get((*name, None), []))
         if len(paths) > 1 or (paths and paths[0] in found):
-            raise ValueError(f"{paths[0]}: other clips have the same name and speaker, so which one is {clip.path} "
-                             "cannot be told; move the files back")  # fmt: skip
+            raise ValueError(f"{paths[0]}: other clips share its name, so it may be another than {clip.path}")
         if paths:
             found[paths[0]] = clip._replace(path=paths[0])
     return list(found.values())
-
-
-def keep_labels(clips: list[Clip], labels: list[str] | None, source: str) -> list[Clip]:
-    """The clips of these labels; of all labels for None."""
-    known = {clip.label for clip in clips}
-    if labels is None:
-        return clips
-    if len(set(labels)) < 2 or not set(labels) <= known:
-        raise ValueError(f"--labels {' '.join(labels)}: give at least two of {', '.join(sorted(known))} ({source})")
-    return [clip for clip in clips if clip.label in labels]
 
 
 def look_at(clips: list[Clip], skip_bad: bool = False) -> list[Clip]:
@@ -693,11 +665,10 @@ def look_at(clips: list[Clip], skip_bad: bool = False) -> list[Clip]:
     def measure(clip):
         try:
             with sdser.open_audio(clip.path) as (_, sound, length):
-                seconds = length and length / sound.samplerate
+                rate = sound.samplerate
             if skip_bad or length is None:
-                waveform = sdser.load_audio(clip.path)
-                seconds = seconds or len(waveform) / sdser.SAMPLE_RATE
-            return clip._replace(seconds=seconds)
+                length, rate = len(sdser.load_audio(clip.path)), sdser.SAMPLE_RATE
+            return clip._replace(seconds=length / rate)
         except (OSError, ValueError) as error:
             return error
 
@@ -766,8 +737,7 @@ class ClipDataset(Dataset):
 
 
 def load(dataset: Dataset, batches: list[list[int]], workers: int) -> DataLoader:
-    """Its generator is its own, so that loading draws nothing from the one that dropout and masks draw from."""
-    own = torch.Generator()
+    own = torch.Generator()  # so that loading draws nothing from the generator of dropout and masks
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=own)
 
 
@@ -802,17 +772,11 @@ def predict(model: sdser.MultiExitSER, clips: list[Clip], batch_size: int = 16, 
     for batch, (waveforms, lengths, _) in zip(batches, progress(loader, "scoring", len(batches))):
         outputs = model(waveforms.to(model.backbone.device), lengths.to(model.backbone.device))
         logits[:, batch] = torch.stack([output.logits for output in outputs]).float().cpu()
-    logits = summed(logits)  # each process has scored its share of the batches
+    if dist.is_initialized():
+        dist.all_reduce(logits)  # each process has scored its share of the batches
     if not logits.isfinite().all():
         raise ValueError("the model's answers are not finite; try a smaller --lr")
     return logits
-
-
-def summed(values: Tensor) -> Tensor:
-    """The sum over all processes."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
 
 
 def progress(steps, title: str, total: int) -> tqdm:
@@ -825,10 +789,7 @@ def progress(steps, title: str, total: int) -> tqdm:
 
 @contextlib.contextmanager
 def script(when_interrupted: str = "interrupted"):
-    """Ends a script as its user expects: an error is one sentence and status 2, Ctrl-C is status 130.
-
-    Of several processes, all take part in what is done within; the first one reports, and each that fails says so.
-    """
+    """Ends a script as its user expects: an error is one sentence and status 2, Ctrl-C is status 130."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     if WORLD > 1:
         sys.stdout = sys.stdout if RANK == 0 else None
@@ -839,8 +800,8 @@ def script(when_interrupted: str = "interrupted"):
         print(when_interrupted, file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
-        # an error of a loading process is the last line of its traceback
-        print(f"error: {str(error).strip().rpartition(chr(10))[2]}", file=sys.stderr)
+        sentence = str(error).strip().rpartition("\n")[2]  # a loading process's error ends a traceback
+        print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
     if WORLD > 1:
         dist.destroy_process_group()
