@@ -145,17 +145,14 @@ def write_onnx(program: torch.export.ExportedProgram, labels: list[str], path: s
 
 
 def write_transformers(small: sdser.MultiExitSER, path: str) -> None:
-    """A folder for `pipeline("audio-classification")`: with a mean head, the exit is `ForSequenceClassification`.
-
-    Its projector is linear, so that projecting and averaging over frames may change places.
-    """
+    """A folder for `pipeline("audio-classification")`: an exit with a mean head is its `ForSequenceClassification`."""
     if small.head_kinds != ["mean"] or small.tile_seconds:
         kind = "tiled clips" if small.tile_seconds else f"a {small.head_kinds[0]} head"
         raise ValueError(f"{path}: transformers has mean heads and no tiling, this exit has {kind}; write an .onnx")
     config = type(small.backbone.config)(**small.backbone.config.to_dict())
     config.id2label = dict(enumerate(small.labels))
     config.label2id = {label: i for i, label in config.id2label.items()}
-    config.classifier_proj_size = 256
+    config.classifier_proj_size = 256  # the projector is linear: it may come before the mean, as there, or after it
     model = transformers.AutoModelForAudioClassification.from_config(config)
     model.base_model.load_state_dict(small.backbone.state_dict())
     model.projector.load_state_dict(small.heads[str(small.exits[0])].projector.state_dict())
@@ -239,11 +236,8 @@ def load_clips(checkpoint: str | None) -> list[np.ndarray]:
 
 def largest_change(model: sdser.MultiExitSER, exit: int, run, clips: list[np.ndarray]) -> float:
     """Of any class probability, over the clips."""
-    changes = []
-    for clip in clips:
-        exact = list(model.classify(clip[0], exit=exit)[0].probabilities.values())
-        changes.append(np.abs(np.array(run(clip)[0]) - exact).max())
-    return float(max(changes))
+    exact = [list(model.classify(clip[0], exit=exit)[0].probabilities.values()) for clip in clips]
+    return float(max(np.abs(np.array(run(clip)[0]) - row).max() for clip, row in zip(clips, exact)))
 
 
 def megabytes(path: str) -> float:
@@ -252,13 +246,8 @@ def megabytes(path: str) -> float:
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
-
-
 def peak_megabytes(load, path: str, threads: int, samples: int) -> float | None:
-    """Peak memory of a process that runs that file and nothing else; None where the system does not tell.
-
-    VmHWM rather than os.wait4's ru_maxrss, which is never less than what the process that starts it has taken.
-    """
+    """Peak memory of a process that runs that file and nothing else; None where the system does not tell."""
     if not os.path.exists("/proc/self/status"):
         return None
     program = f"{inspect.getsource(load)}\nimport numpy\nrun = {load.__name__}({path!r}, {threads})\n"
@@ -267,14 +256,11 @@ def peak_megabytes(load, path: str, threads: int, samples: int) -> float | None:
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{path}: the process that measures its memory failed: {done.stderr.strip().splitlines()[-1]}")
-    return int(re.search(r"VmHWM:\s*(\d+)", done.stdout)[1]) / 1024
+    return int(re.search(r"VmHWM:\s*(\d+)", done.stdout)[1]) / 1024  # os.wait4 would count the parent's memory too
 
 
 def measure(runs: dict, args) -> dict:
-    """Milliseconds {(exit, backend, threads, seconds): [one a round]}.
-
-    All are timed in turn, round by round, so that a drift of the machine hits all alike.
-    """
+    """Milliseconds {(exit, backend, threads, seconds): [one a round]}, in turn, so that a drift hits all alike."""
     waveforms, rng, times = {}, np.random.default_rng(0), defaultdict(list)
     for seconds in args.seconds:
         waveforms[seconds] = (0.1 * rng.normal(size=(1, round(seconds * sdser.SAMPLE_RATE)))).astype(np.float32)
@@ -324,8 +310,6 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
 
 
 # -- the report, the plot ---------------------------------------------------------------------------------------------
-
-
 def report(results: dict, args) -> None:
     """The table, and what to take from it."""
     machine, cells = results["machine"], defaultdict(list)

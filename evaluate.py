@@ -55,8 +55,6 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 # -- scoring, and intervals -------------------------------------------------------------------------------------------
-
-
 class Scored(NamedTuple):
     """N clips, pooled over runs of one kind, and what each clip's own run answered."""
 
@@ -85,9 +83,9 @@ def load_and_score(checkpoints: list[str], split: str | None, source: str | None
         if kinds and kind not in kinds:
             raise ValueError(f"{checkpoint}: its labels, exits, heads or window differ; pool runs of one kind")
         own = train.look_at(choose_clips(checkpoint, split, source))
-        for clip in own:
-            if clip.label not in model.labels:
-                raise ValueError(f"{clip.path}: {checkpoint} knows {', '.join(model.labels)}, not {clip.label}")
+        unknown = {clip.label for clip in own} - set(model.labels)
+        if unknown:
+            raise ValueError(f"{checkpoint}: knows {', '.join(model.labels)}, not {', '.join(sorted(unknown))}")
         kinds.append(kind)
         clips += own
         run += [i] * len(own)
@@ -122,8 +120,7 @@ def choose_clips(checkpoint: str, split: str | None, source: str | None) -> list
 def bootstrap(targets, predictions, units, num_classes: int) -> np.ndarray:
     """UARs (rows, DRAWS) of `predictions` (rows, N), each from as many units as there are, drawn with replacement.
 
-    A unit, a speaker, is drawn with all its clips, since clips of one speaker are not independent. The draws depend on
-    the set of units alone, so two calls on the same speakers are paired.
+    A speaker is drawn with all their clips, which are not independent. Calls on the same speakers are paired.
     """
     names, unit = np.unique(units, return_inverse=True)
     cells = unit * num_classes + targets  # a cell per unit and class
@@ -156,8 +153,6 @@ def compare(ours: Scored, theirs: Scored) -> list[dict]:
 
 
 # -- early exit, and cost ---------------------------------------------------------------------------------------------
-
-
 def exit_index(logits: torch.Tensor, thresholds) -> np.ndarray:
     """The index of the exit (N,) at which each clip leaves, from logits (exits, N, C) and a threshold for each clip."""
     certain = logits.softmax(-1).amax(-1).numpy() >= thresholds  # (exits, N)
@@ -208,8 +203,6 @@ def count_macs(model: sdser.MultiExitSER, samples: int, exit: int, heads_on_the_
     if model.tile_seconds:
         samples = round(model.tile_seconds * sdser.SAMPLE_RATE)
     exits = [k for k in model.exits if k < exit and heads_on_the_way] + [exit]
-    training = model.training
-    model.eval()
     # torch's counter sees neither fused attention nor oneDNN's convolutions and recurrent networks
     no_mkldnn = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
     no_cudnn = torch.backends.cudnn.flags(enabled=False)
@@ -218,7 +211,6 @@ def count_macs(model: sdser.MultiExitSER, samples: int, exit: int, heads_on_the_
         for previous, k in zip([0, *exits], exits):
             frames = model.run_layers(frames, previous, k)
             model.read_exit(k, frames)
-    model.train(training)
     return counter.get_total_flops() // 2
 
 
@@ -230,8 +222,6 @@ def count_parameters(model: sdser.MultiExitSER, exits: list[int]) -> int:
 
 
 # -- the report, and plots --------------------------------------------------------------------------------------------
-
-
 def predict_rows(scored: Scored, thresholds=None) -> dict:
     """What the table has a row for -> the class (N,) that it gives each clip: exits, fusion, early exit."""
     rows = dict(zip(scored.model.exits, scored.logits.argmax(-1).numpy()))
@@ -268,7 +258,8 @@ def evaluate(args) -> tuple[dict, list[tuple[float, float]]]:
         confusion = sdser.confusion_matrix(targets, answers, len(labels))
         counts = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist())
         recall = dict(zip(labels, [hits / total if total else None for hits, total in counts]))
-        interval, (layers, heads, macs) = np.percentile(uars, [2.5, 97.5]).tolist(), costs[exit]
+        interval = np.percentile(uars, [2.5, 97.5]).tolist()
+        layers, heads, macs = costs[exit]
         rows.append({"exit": exit, **sdser.scores(targets, answers, len(labels)), "uar_ci95": interval,
                      "recall": recall, "confusion": confusion.tolist(), "layers": layers,
                      "parameters": count_parameters(model, heads), "macs_per_second": macs})  # fmt: skip
@@ -370,8 +361,6 @@ def save_figure(figure, path) -> None:
 
 
 # -- classifying files ------------------------------------------------------------------------------------------------
-
-
 def classify_files(args) -> int:
     """A line per file as soon as it is known; returns the exit status, 2 if a file could not be read."""
     model = sdser.MultiExitSER.from_pretrained(args.checkpoints[0]).to(args.device)

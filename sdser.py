@@ -44,9 +44,8 @@ MIN_SAMPLES = 400  # one frame of the convolutional encoder, 25 ms
 HEADS = ("gru", "lstm", "attention", "mean")
 HUB = dict(library_name="sdser", paper_url="https://arxiv.org/abs/2210.14636", pipeline_tag="audio-classification")
 
+
 # -- the exits ---------------------------------------------------------------------------------------------------------
-
-
 class ExitHead(nn.Module):
     """Hidden states of one layer -> logits z_k and embedding f_k.
 
@@ -93,8 +92,6 @@ class ExitOutput(NamedTuple):
 
 
 # -- the loss, and fusion ----------------------------------------------------------------------------------------------
-
-
 def self_distillation_loss(
     outputs: list[ExitOutput],
     targets: Tensor,
@@ -158,8 +155,6 @@ def fuse(outputs: list[ExitOutput] | Tensor) -> Tensor:
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
-
-
 class Frames(NamedTuple):
     """The frames of a batch on their way through the layers."""
 
@@ -261,7 +256,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
 
         hidden = self.backbone.feature_projection(x.transpose(1, 2))  # (B, frames, D), one frame per 20 ms
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # HuBERT's returns no tuple
-        hidden = hidden.to(self.backbone.dtype)
+        hidden = hidden.to(self.backbone.dtype)  # autocast has made it bfloat16
         valid = None if lengths is None else valid_mask(lengths, hidden.shape[1])  # (B, frames)
         if self.training and config.mask_time_prob > 0:
             mask = sample_time_mask(config, hidden, valid)
@@ -515,8 +510,7 @@ def keep_clips(frames: Frames, clips: Tensor) -> Frames:
 def sample_time_mask(config: transformers.PretrainedConfig, hidden: Tensor, valid: Tensor | None) -> Tensor:
     """SpecAugment's time mask (Park et al., 2019): (B, T) bool, true in random spans of frames.
 
-    The backbone's config says how many and how long: mask_time_prob, mask_time_length and mask_time_min_masks. In
-    short clips spans are shorter, so that the fewest allowed never cover more than half.
+    The config's mask_time_* say how many and how long; in short clips they are shorter and cover half of it at most.
     """
     (batch, size, _), device = hidden.shape, hidden.device
     lengths = valid.sum(1) if valid is not None else torch.full((batch,), size, device=device)  # (B,) in frames
@@ -551,7 +545,6 @@ SIZES = {
         feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True,
     ),
 }  # fmt: skip
-MODEL_TYPES = ("wav2vec2", "hubert", "wavlm")
 
 
 def default_exits(backbone: str | dict, layers: int) -> list[int]:
@@ -573,17 +566,14 @@ def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
         backbone = os.fspath(backbone)
         problem = f"not a built-in size ({', '.join(SIZES)}), a folder of transformers, or a Hub model within reach"
         with file_errors(backbone, problem, "give one"):
-            if "/" not in backbone and not os.path.isdir(backbone):
-                raise FileNotFoundError("no such folder")
             config, _ = transformers.PretrainedConfig.get_config_dict(backbone)
             preprocessor = cached_file(
                 backbone, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
             )
             if preprocessor:
                 config["do_normalize"] = json.loads(Path(preprocessor).read_text()).get("do_normalize", True)
-    if config.get("model_type") not in MODEL_TYPES or config.get("conv_pos_batch_norm"):
-        known = ", ".join(MODEL_TYPES)
-        raise ValueError(f"{backbone}: give a {known} without a batch norm in its position convolution")
+    if config.get("model_type") not in ("wav2vec2", "hubert", "wavlm") or config.get("conv_pos_batch_norm"):
+        raise ValueError(f"{backbone}: give a wav2vec2, hubert or wavlm without batch norm in its position convolution")
     with file_errors(backbone, "its configuration cannot be read", "save it anew"):
         return transformers.AutoConfig.for_model(**{"do_normalize": True, **config})
 
@@ -616,8 +606,6 @@ def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig) -
 
 
 # -- audio ------------------------------------------------------------------------------------------------------------
-
-
 TOLERANCE = 0.01  # seconds by which a header may promise more audio than there is
 
 
@@ -746,8 +734,6 @@ def tile(waveform: Tensor, samples: int) -> Tensor:
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
-
-
 def confusion_matrix(targets, predictions, num_classes: int) -> np.ndarray:
     """Class indices (N,) and (N,) -> (C, C) counts, a row per true class, a column per prediction."""
     pairs = np.stack([np.asarray(targets, dtype=int), np.asarray(predictions, dtype=int)])
@@ -772,8 +758,6 @@ def scores(targets, predictions, num_classes: int) -> dict[str, float]:
 
 
 # -- files: what goes wrong while one is read or written becomes one sentence that names it ---------------------------
-
-
 @contextlib.contextmanager
 def file_errors(path, problem: str, advice: str, kind: type[Exception] = ValueError):
     """Turns whatever a library raises about a file into `kind`, "PATH: PROBLEM (what the library says); ADVICE".

@@ -143,14 +143,13 @@ def fold(text: str) -> list[int]:
 
 
 # -- the run ----------------------------------------------------------------------------------------------------------
-
-
 def run(args: argparse.Namespace) -> None:
     """Trains, keeps the best epoch by dev UAR, scores it once on test, and reports."""
     start, out, state = time.time(), Path(args.out), None
     moved_to = args.data if args.resume else None
     if args.resume:
-        state = load_state(out)
+        with sdser.file_errors(out / "train_state.pt", "no run to resume", "train in a new folder, without --resume"):
+            state = torch.load(out / "train_state.pt", map_location="cpu", weights_only=True)
         given = {name: value for name, value in vars(args).items() if value is not None}
         args = argparse.Namespace(**{**state["args"], **given})
     elif out.is_dir() and any(out.iterdir()):
@@ -256,7 +255,7 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, first_step:
     totals = torch.stack(list(sums.values())).cpu()
     if WORLD > 1:
         dist.all_reduce(totals)  # over the processes
-    return dict(zip(sums, (totals / len(dataset)).tolist()))
+    return dict(zip(sums, (totals / len(dataset.clips)).tolist()))
 
 
 def autocast(args):
@@ -286,7 +285,7 @@ def make_optimizer(model: sdser.MultiExitSER, args, steps: int):
 def inverse_frequencies(dataset: "ClipDataset") -> Tensor:
     """Weights (C,) of the classes, whose mean over the clips is 1."""
     counts = Counter(clip.label for clip in dataset.clips)
-    return torch.tensor([len(dataset) / len(counts) / counts[label] for label in dataset.labels])
+    return torch.tensor([len(dataset.clips) / len(counts) / counts[label] for label in dataset.labels])
 
 
 def score(model: sdser.MultiExitSER, clips: list["Clip"], split: str, args) -> dict:
@@ -319,8 +318,6 @@ def computes_in_bfloat16(device: str) -> bool:
 
 
 # -- what a run writes ------------------------------------------------------------------------------------------------
-
-
 def save_epoch(out: Path, args, clips: list["Clip"], log: list[dict], best: bool, model, optimizer, scheduler) -> None:
     """The state comes last: a run that is killed before it is whole repeats the epoch."""
     if len(log) == 1:
@@ -337,13 +334,6 @@ def save_epoch(out: Path, args, clips: list["Clip"], log: list[dict], best: bool
     memory = io.BytesIO()  # first, since torch's zip writer hides why a file cannot be written
     torch.save(state, memory)
     sdser.replace_file(out / "train_state.pt", memory.getbuffer())
-
-
-def load_state(out: Path) -> dict:
-    """What the last finished epoch saved for `--resume`."""
-    path = out / "train_state.pt"
-    with sdser.file_errors(path, "there is no run to resume", "leave --resume out, and train in a new folder"):
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def check_writable(path, folder: bool = False) -> None:
@@ -372,8 +362,6 @@ def report(results: dict, log: list[dict], out: Path) -> None:
 
 
 # -- where a clip comes from: a folder of a known corpus, a manifest, synthetic voices --------------------------------
-
-
 class Clip(NamedTuple):
     path: str
     label: str
@@ -493,8 +481,6 @@ def read_manifest(manifest: str) -> list[Clip]:
 
 
 # -- synthetic speech -------------------------------------------------------------------------------------------------
-
-
 # How an emotion moves a voice: its pitch, and that pitch's way from start to end, in semitones; its tempo in syllables
 # per second; the power by which harmonics fall off; the noise beside the voice.
 PROSODY = {
@@ -550,8 +536,6 @@ def make_synthetic(speakers: int = 12, clips: int = 24, seed: int = 0) -> str:
 
 
 # -- its split: by speaker, no speaker stands in two ------------------------------------------------------------------
-
-
 def split_clips(clips: list[Clip], fold: tuple[int, int] = (1, 5), final: bool = False) -> list[Clip]:
     """Gives every clip a split, by speaker, every label in each split; depends on the clips and the fold alone.
 
@@ -603,8 +587,6 @@ def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
 
 
 # -- its batch --------------------------------------------------------------------------------------------------------
-
-
 def load_data(args, moved_to: str | None = None) -> tuple[list[str], list[Clip]]:
     """The labels, and the clips with their splits; looks at every file before any costs training; tells the counts."""
     splits = ("train", "test") if args.final else SPLITS
@@ -649,10 +631,9 @@ def find_again(own: list[Clip], elsewhere: list[Clip]) -> list[Clip]:
     for clip in own:
         name = Path(clip.path).stem, clip.label
         paths = places.get((*name, clip.speaker), places.get((*name, None), []))
-        if len(paths) > 1 or (paths and paths[0] in found):
+        if len(paths) > 1 or found.keys() & set(paths):
             raise ValueError(f"{paths[0]}: other clips share its name, so it may be another than {clip.path}")
-        if paths:
-            found[paths[0]] = clip._replace(path=paths[0])
+        found.update({path: clip._replace(path=path) for path in paths})
     return list(found.values())
 
 
@@ -693,13 +674,10 @@ def take_fraction(clips: list[Clip], share: float, seed: int) -> list[Clip]:
 
 
 def make_batches(clips: list[Clip], args, rng: np.random.Generator) -> list[list[int]]:
-    """Clip indices in batches of similar length, in random order: sorted within pools of 8 batches, random across.
-
-    Where all are of one length, as with `--window tile`, it is plain shuffling.
-    """
+    """Clip indices in batches of similar length, in random order: sorted within pools of 8 batches, random across."""
     size, order = args.batch_size, rng.permutation(len(clips))
     seconds = np.array([min(clip.seconds, args.seconds) for clip in clips])  # of the crop
-    if args.window == "tile" or np.ptp(seconds) == 0:
+    if args.window == "tile" or np.ptp(seconds) == 0:  # all are of one length: plain shuffling
         return [order[i : i + size].tolist() for i in range(0, len(order), size)]
     batches = []
     for i in range(0, len(order), 8 * size):
@@ -720,9 +698,6 @@ class ClipDataset(Dataset):
         self.clips, self.labels, self.tile_seconds = clips, labels, tile_seconds
         self.crop_seconds, self.seed = crop_seconds, seed
 
-    def __len__(self) -> int:
-        return len(self.clips)
-
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         clip, start, seconds = self.clips[i], 0.0, self.tile_seconds or self.crop_seconds
         if self.crop_seconds and not self.tile_seconds:
@@ -742,15 +717,11 @@ def load(dataset: Dataset, batches: list[list[int]], workers: int) -> DataLoader
 
 
 def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Waveforms (T,) and targets -> one batch (B, T) with zeros behind the shorter ones, lengths (B,), targets (B,).
-
-    Unless all are of one length, T is a multiple of 4,000: oneDNN keeps buffers for every shape that it meets, which
-    for 1,440 clips of as many lengths took as much memory again as all else.
-    """
+    """Waveforms (T,) and targets -> one batch (B, T) with zeros behind the shorter ones, lengths (B,), targets (B,)."""
     waveforms = [waveform for waveform, _ in items]
     lengths = torch.tensor([len(waveform) for waveform in waveforms])
     batch = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
-    if len(lengths.unique()) > 1:
+    if len(lengths.unique()) > 1:  # fewer lengths: oneDNN keeps buffers for each, for 1,440 clips as much as all else
         batch = F.pad(batch, (0, -batch.shape[1] % 4000))
     return batch, lengths, torch.tensor([target for _, target in items])
 
@@ -785,8 +756,6 @@ def progress(steps, title: str, total: int) -> tqdm:
 
 
 # -- how a script ends ------------------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def script(when_interrupted: str = "interrupted"):
     """Ends a script as its user expects: an error is one sentence and status 2, Ctrl-C is status 130."""
