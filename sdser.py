@@ -566,12 +566,12 @@ def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
         backbone = os.fspath(backbone)
         problem = f"not a built-in size ({', '.join(SIZES)}), a folder of transformers, or a Hub model within reach"
         with file_errors(backbone, problem, "give one"):
+            if "/" not in backbone and not os.path.isdir(backbone):  # a slip of the pen: do not ask the Hub
+                raise FileNotFoundError("no such folder")
             config, _ = transformers.PretrainedConfig.get_config_dict(backbone)
-            preprocessor = cached_file(
-                backbone, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
-            )
-            if preprocessor:
-                config["do_normalize"] = json.loads(Path(preprocessor).read_text()).get("do_normalize", True)
+            found = cached_file(backbone, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+            if found:
+                config["do_normalize"] = json.loads(Path(found).read_text()).get("do_normalize", True)
     if config.get("model_type") not in ("wav2vec2", "hubert", "wavlm") or config.get("conv_pos_batch_norm"):
         raise ValueError(f"{backbone}: give a wav2vec2, hubert or wavlm without batch norm in its position convolution")
     with file_errors(backbone, "its configuration cannot be read", "save it anew"):

@@ -341,7 +341,7 @@ def check_writable(path, folder: bool = False) -> None:
     with sdser.file_errors(path, "cannot be written", "name another place"):
         if folder:
             os.makedirs(path, exist_ok=True)
-        place = path if os.path.exists(path) else Path(path).absolute().parent
+        place = path if os.path.exists(path) else f"{Path(path).absolute().parent}/"
         if os.path.isdir(path) != folder or not os.access(place, os.W_OK):
             raise PermissionError("no file can be put there")
 

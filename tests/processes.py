@@ -63,9 +63,8 @@ def run_until(calls: int, flags, log) -> None:
 
 def run_as(rank: int, port: int, *args) -> None:
     """`run` as one of two processes, as torchrun would start it."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    train.RANK, train.LOCAL_RANK, train.WORLD = rank, rank, 2
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    train.RANK, train.WORLD = rank, 2
     run(*args)
 
 

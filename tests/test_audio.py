@@ -14,12 +14,24 @@ def tone(rate=16_000):  # one second of 440 Hz
     return 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
 
 
-@pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3", "aiff"])
+FORMATS = {
+    "wav": {}, "flac": {}, "aiff": {}, "mp3": {}, "ogg": dict(format="OGG", subtype="VORBIS"),
+    "opus": dict(format="OGG", subtype="OPUS"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", FORMATS)
 def test_formats(wav, ending):
-    waveform = sdser.load_audio(wav(tone(), f"clip.{ending}"))
+    """Each is read whole, and refused once its end is cut off."""
+    path = wav(tone(), f"clip.{ending}", **FORMATS[ending])
+    waveform, content = sdser.load_audio(path), path.read_bytes()
     assert waveform.dtype == torch.float32 and waveform.shape == (16_000,)
-    tolerance = 1e-4 if ending in ("wav", "flac", "aiff") else 0.1
-    torch.testing.assert_close(waveform, torch.from_numpy(tone()).float(), atol=tolerance, rtol=0)
+    tolerance = 1e-4 if ending in ("wav", "flac", "aiff") else 0.15
+    torch.testing.assert_close(waveform[999:-999], torch.tensor(tone()[999:-999]).float(), atol=tolerance, rtol=0)
+    for kept in (0, 0.01, 0.3, 0.5, 0.9):
+        path.write_bytes(content[: int(kept * len(content))])
+        with pytest.raises(ValueError, match=str(path)):
+            sdser.load_audio(path)
 
 
 @resamples
@@ -46,24 +58,13 @@ def test_channels_are_averaged(wav):
     torch.testing.assert_close(waveform, torch.from_numpy(channels.mean(1)))
 
 
-def test_a_part_is_what_the_whole_holds_there(wav):
-    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 16_000).astype(np.float32)
-    for ending in ("wav", "flac"):
-        path = wav(samples, f"clip.{ending}")
-        whole = sdser.load_audio(path)
-        for start in (0.0, 0.25, 0.5):
-            assert torch.equal(sdser.load_audio(path, start, 0.5), whole[int(16_000 * start) :][:8000])
-        assert torch.equal(sdser.load_audio(path, 0.0, 2.0), whole)
-
-
-@pytest.mark.parametrize("ending", ["wav", "flac", "mp3", "aiff"])
-@pytest.mark.parametrize("kept", [0, 0.01, 0.5, 0.9])
-def test_cut_files_are_refused(wav, ending, kept):
-    path = wav(tone(), f"clip.{ending}")
-    content = path.read_bytes()
-    path.write_bytes(content[: int(kept * len(content))])
-    with pytest.raises(ValueError, match=str(path)):
-        sdser.load_audio(path)
+@pytest.mark.parametrize("ending", ["wav", "flac"])
+def test_a_part_is_what_the_whole_holds_there(wav, ending):
+    path = wav(np.random.default_rng(0).uniform(-0.5, 0.5, 16_000).astype(np.float32), f"clip.{ending}")
+    whole = sdser.load_audio(path)
+    for start in (0.0, 0.25, 0.5):
+        assert torch.equal(sdser.load_audio(path, start, 0.5), whole[int(16_000 * start) :][:8000])
+    assert torch.equal(sdser.load_audio(path, 0.0, 2.0), whole)
 
 
 def test_a_stream_of_unknown_length_is_not_cut(wav):
@@ -82,32 +83,11 @@ def test_unusable_samples_are_refused(wav, samples):
         sdser.load_audio(path)
 
 
-def test_what_is_no_audio_is_refused(tmp_path):
-    (tmp_path / "text.wav").write_text("not audio at all " * 100)
-    (tmp_path / "text.raw").write_text("headerless")
-    (tmp_path / "phone.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(100))
-    for name in ("none.wav", "", "text.wav", "text.raw", "phone.m4a"):
-        path = tmp_path / name
-        with pytest.raises(ValueError if path.is_file() else FileNotFoundError, match=str(path)):
-            sdser.load_audio(path)
-
-
-def test_clips_of_more_than_a_minute_are_refused(wav):
-    path = wav(np.ones(16_000 * 60 + 1, dtype=np.int16))
-    with pytest.raises(ValueError, match=str(path)):
-        build().classify([path])
-
-
 def test_silence_is_classified_with_a_warning(wav):
     path = wav(np.zeros(8000))
     with pytest.warns(UserWarning, match=str(path)):
         [prediction] = build().classify([path])
     assert 0 < prediction.confidence <= 1
-
-
-def test_tile_repeats_or_cuts():
-    assert sdser.tile(torch.tensor([1.0, 2, 3]), 7).tolist() == [1, 2, 3, 1, 2, 3, 1]
-    assert sdser.tile(torch.tensor([1.0, 2, 3]), 2).tolist() == [1, 2]
 
 
 @resamples

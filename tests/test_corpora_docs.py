@@ -42,8 +42,6 @@ def speakers(clips) -> dict[str, set]:
 
 
 # -- IEMOCAP ----------------------------------------------------------------------------------------------------------
-
-
 def write_dialog(session: int, dialog: str, turns: dict[str, str]) -> None:
     """A dialogue's labels, with the raters' own lines (one with a Latin-1 byte) between them, and its clips."""
     root = f"path/to/IEMOCAP/Session{session}"
@@ -86,8 +84,6 @@ def test_iemocap_holds_out_whole_sessions():
 
 
 # -- EmoBox -----------------------------------------------------------------------------------------------------------
-
-
 def write_list(corpus: str, name: str, clips: list[tuple[str, str, str]], fold: int = 1) -> None:
     """One list of EmoBox: clips of (key, wav, emo), in the real fields; beside it the same as JSON and a shadow."""
     same = {"type": "raw", "sample_rate": 16000, "num_frame": 70312.0, "task": "category", "length": 4.4, "channel": 1}
@@ -140,8 +136,6 @@ def test_emobox_without_speakers_takes_every_fourth_clip_of_a_label():
 
 
 # -- MSP-Podcast ------------------------------------------------------------------------------------------------------
-
-
 def test_msp_podcast_leaves_unknown_speakers_empty():
     """One clip of each letter in each set, the first two of unknown speakers."""
     lines = ["FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set"]
@@ -161,8 +155,6 @@ def test_msp_podcast_leaves_unknown_speakers_empty():
 
 
 # -- a folder for each label ------------------------------------------------------------------------------------------
-
-
 def test_a_folder_for_each_label():
     expected = {
         "anger/anna_01.wav": "anna", "anger/anna_02.WAV": "anna", "anger/ben/01.wav": "ben",
