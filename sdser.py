@@ -5,7 +5,7 @@ While it is fine-tuned, the shallow exits (students) also learn from the deepest
 can run at several depths: Ren, Nguyen, Chang, Schuller, "Fast Yet Effective Speech Emotion Recognition with
 Self-distillation", ICASSP 2023, arXiv 2210.14636. Here "the paper's" means what its authors' released code does.
 
-First the method, then what serves it:
+First the method, then what it needs:
 
     the exits         ExitHead, ExitOutput: hidden states of one layer -> logits and embedding
     the loss          self_distillation_loss; and fuse, which lets the exit with the largest margin decide
@@ -214,7 +214,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
             self.heads[str(exit)] = ExitHead(kind, config.hidden_size, len(labels))
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None, exit: int | None = None) -> list[ExitOutput]:
-        """Runs the layers that the exits asked for need, and no more.
+        """Runs only the layers that the requested exits need.
 
         Each clip gets the answer it would get alone: no frame of a clip reads padding (see "padding" below).
 
@@ -235,7 +235,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         return outputs
 
     def embed_frames(self, waveforms: Tensor, lengths: Tensor | None = None) -> Frames:
-        """All that comes before the transformer layers: normalisation, CNN, projection, time mask, position."""
+        """Everything before the transformer layers: normalisation, CNN, projection, time mask, position."""
         lengths = self.check_batch(waveforms, lengths)  # None where nothing is padded
         config, encoder = self.backbone.config, self.backbone.encoder
         valid = None if lengths is None else valid_mask(lengths, waveforms.shape[1])  # (B, samples)
@@ -298,7 +298,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         """Runs layer by layer; a clip leaves at the first exit whose top probability reaches the threshold.
 
         The deepest exit answers for those that stay to the end. Clips that have left are dropped from the batch, and
-        the rest is trimmed to the longest that stays: no layer runs that no answer needs.
+        the rest is trimmed to the longest that stays: no layer runs unless an answer needs it.
 
         Args:
             waveforms, lengths: as in `forward`.
@@ -306,7 +306,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         Returns:
             logits (B, C) and the exit (B,) int64 that gave them.
         Raises:
-            ValueError: as `forward` does, in training mode, and for another threshold.
+            ValueError: as in `forward`; also in training mode, and for a threshold outside 0 to 1.
         """
         self.check_early_exit(threshold)
         frames = self.embed_frames(waveforms, lengths)
@@ -332,10 +332,10 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         """Classifies files or waveforms, one at a time, in evaluation mode; the model's own mode is then restored.
 
         Args:
-            clips: paths, file objects or waveforms (T,) float, of up to 60 s; or one of them alone.
+            clips: paths, file objects or waveforms (T,) float, of up to 60 s; or a single one.
             exit: run to this exit and no further. Default: the deepest.
-            threshold: stop each clip at the first exit this certain (0 to 1); "auto": the calibrated value.
-            sample_rate: of the waveforms; a file tells its own.
+            threshold: stop at the first exit whose confidence reaches this (0 to 1); "auto": the calibrated value.
+            sample_rate: of the waveforms; files carry their own.
         Raises:
             ValueError, FileNotFoundError: naming the clip that cannot be read or is too short or long, or the argument.
         """
@@ -368,7 +368,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         return predictions
 
     def truncate(self, exit: int) -> "MultiExitSER":
-        """A model of its own with `exit` layers and that one exit; weights are copied, logits are equal."""
+        """A separate model of `exit` layers with that one exit; its weights are copies, its logits are equal."""
         head = self.head_kinds[self.exits.index(self.check_exit(exit))]
         backbone = self.backbone.config.to_dict()
         small = MultiExitSER(self.labels, backbone, [exit], [head], self.tile_seconds)
@@ -418,7 +418,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
 
     @staticmethod
     def check_arguments(labels, exits, head, tile_seconds, layers: int) -> None:
-        """Raises ValueError for arguments of `__init__` that name no model of a backbone with so many layers."""
+        """Raises ValueError unless the arguments of `__init__` fit a backbone with this many layers."""
         names = [label for label in labels if isinstance(label, str)]
         if isinstance(labels, str) or len(labels) < 2 or len(set(names)) < len(labels):
             raise ValueError(f"labels {labels!r}: give a list of at least two names, all different")
@@ -574,7 +574,7 @@ def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
                 config["do_normalize"] = json.loads(Path(found).read_text()).get("do_normalize", True)
     if config.get("model_type") not in ("wav2vec2", "hubert", "wavlm") or config.get("conv_pos_batch_norm"):
         raise ValueError(f"{backbone}: give a wav2vec2, hubert or wavlm without batch norm in its position convolution")
-    with file_errors(backbone, "its configuration cannot be read", "save it anew"):
+    with file_errors(backbone, "its configuration cannot be read", "save it again"):
         return transformers.AutoConfig.for_model(**{"do_normalize": True, **config})
 
 
@@ -590,7 +590,7 @@ def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig) -
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()  # else it lists every layer and quantizer weight left out on purpose
         try:
-            with file_errors(backbone, "its weights cannot be loaded", "download or save it anew"):
+            with file_errors(backbone, "its weights cannot be loaded", "download or save it again"):
                 model, info = transformers.AutoModel.from_pretrained(
                     backbone, config=config, dtype=torch.float32, output_loading_info=True
                 )
@@ -599,7 +599,7 @@ def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig) -
         model.train()  # from_pretrained leaves it in evaluation mode, from_config in training mode
         missing = set(info["missing_keys"]) - {"masked_spec_embed"}
         if missing:
-            raise ValueError(f"{backbone}: {len(missing)} weights are missing, {min(missing)} for one; save it anew")
+            raise ValueError(f"{backbone}: {len(missing)} weights are missing, {min(missing)} for one; save it again")
     if config.mask_time_prob == 0 and hasattr(model, "masked_spec_embed"):
         model.masked_spec_embed.requires_grad_(False)  # no loss would reach it
     return model
@@ -706,7 +706,7 @@ def to_16_khz(name, waveform: Tensor, rate: int) -> Tensor:
     if len(waveform) < MIN_SAMPLES:
         raise ValueError(f"{name}: {len(waveform)} samples at 16 kHz are shorter than one frame, {MIN_SAMPLES}")
     if not waveform.isfinite().all():
-        raise ValueError(f"{name}: holds NaN or infinite samples; write it anew from its source")
+        raise ValueError(f"{name}: holds NaN or infinite samples; write it again from its source")
     if not waveform.any():
         warnings.warn(f"{name}: digital silence; its prediction means nothing", stacklevel=2)
     return waveform

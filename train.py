@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> None:
     optimizer, scheduler = make_optimizer(model, args, args.epochs * steps_per_epoch)
     log = []
     if state:
-        with sdser.file_errors(out / "train_state.pt", "does not fit its model", "train anew"):
+        with sdser.file_errors(out / "train_state.pt", "does not fit its model", "train again"):
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             scheduler.load_state_dict(state["scheduler"])
@@ -263,7 +263,7 @@ def autocast(args):
 
 
 def make_optimizer(model: sdser.MultiExitSER, args, steps: int):
-    """Freezes what is not to be trained; AdamW over the rest, and the learning rate's course over `steps`."""
+    """Freezes what is not trained; AdamW for the rest, and its learning-rate schedule over `steps`."""
     model.backbone.feature_extractor.requires_grad_(not args.freeze_cnn)
     groups = [
         {"params": [p for p in model.backbone.parameters() if p.requires_grad], "lr": args.lr},
@@ -337,7 +337,7 @@ def save_epoch(out: Path, args, clips: list["Clip"], log: list[dict], best: bool
 
 
 def check_writable(path, folder: bool = False) -> None:
-    """Before the work, not after it: raises ValueError unless a file, or files into a folder, can be written there."""
+    """Raises ValueError, before the work rather than after it, if a file, or files in a folder, cannot be written."""
     with sdser.file_errors(path, "cannot be written", "name another place"):
         if folder:
             os.makedirs(path, exist_ok=True)
@@ -422,7 +422,7 @@ def load_corpus(source) -> list[Clip]:
             twice.append(f"{clip.path} beside {clips[recording].path}")
         clips.setdefault(recording, clip)
     if twice:
-        warnings.warn(f"{source}: {len(twice)} clips occur twice and count once, {twice[0]} for one", stacklevel=2)
+        warnings.warn(f"{source}: {len(twice)} clips appear twice and count once, as {twice[0]}", stacklevel=2)
     return list(clips.values())
 
 
@@ -450,9 +450,9 @@ def read_folder(folder: str) -> list[Clip]:
             speaker = "OAF" if match["speaker"] == "OA" else match["speaker"]  # a few files of TESS
             clips.append(Clip(str(path), meaning[match["label"]], speaker))
     if not clips:
-        raise ValueError(f"{folder}: {files[0].name} is of no known corpus ({', '.join(CORPORA)}); give a manifest")
+        raise ValueError(f"{folder}: {files[0].name} matches no known corpus ({', '.join(CORPORA)}); give a manifest")
     if others:
-        warnings.warn(f"{folder}: {len(others)} files are not {corpus}'s and left out, as {others[0]}", stacklevel=3)
+        warnings.warn(f"{folder}: {len(others)} files are not from {corpus}, as {others[0]}: left out", stacklevel=3)
     return clips
 
 
@@ -514,7 +514,7 @@ def synthesize(prosody: tuple, pitch: float, size: float, rng: np.random.Generat
 
 def make_synthetic(speakers: int = 12, clips: int = 24, seed: int = 0) -> str:
     """Writes the synthetic corpus into the cache, once; returns its folder. The same seed gives the same samples."""
-    recipe = repr((speakers, clips, seed, PROSODY, VOWELS)) + inspect.getsource(synthesize)  # a change makes it anew
+    recipe = repr((speakers, clips, seed, PROSODY, VOWELS)) + inspect.getsource(synthesize)  # a change makes it again
     cache = Path.home() / ".cache" / "sdser"
     folder = cache / f"synthetic-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     if folder.is_dir():
@@ -552,7 +552,7 @@ def split_clips(clips: list[Clip], fold: tuple[int, int] = (1, 5), final: bool =
 
 
 def deal_speakers(clips: list[Clip], index: int, count: int) -> list[Clip]:
-    """The largest speaker first, each to the group that is emptiest by then."""
+    """The largest speaker first, each into the smallest group so far."""
     sizes = Counter(clip.speaker for clip in clips)
     for clip in clips:
         if clip.speaker is None:
@@ -568,7 +568,7 @@ def deal_speakers(clips: list[Clip], index: int, count: int) -> list[Clip]:
 
 
 def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
-    """Raises ValueError unless each of the splits has every label, and no speaker, nor file, stands in two."""
+    """Raises ValueError unless each of the splits has every label, and no speaker or file is in two."""
     home, label_of, labels_of = {}, {}, defaultdict(set)
     for clip in clips:
         if label_of.setdefault(clip.path, clip.label) != clip.label:
@@ -578,7 +578,7 @@ def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
         labels_of[clip.split].add(clip.label)
         for who in (f"speaker {clip.speaker}", clip.path):
             if who != "speaker None" and home.setdefault(who, clip.split) != clip.split:
-                raise ValueError(f"{who} stands in two splits, {home[who]} and {clip.split}; keep each in one")
+                raise ValueError(f"{who} is in two splits, {home[who]} and {clip.split}; keep each in one")
     for split in splits:
         missing = set().union(*labels_of.values()) - labels_of[split]
         if missing:
@@ -588,7 +588,7 @@ def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
 
 # -- its batch --------------------------------------------------------------------------------------------------------
 def load_data(args, moved_to: str | None = None) -> tuple[list[str], list[Clip]]:
-    """The labels, and the clips with their splits; looks at every file before any costs training; tells the counts."""
+    """The labels, and the clips with their splits; checks every file before training starts; prints the counts."""
     splits = ("train", "test") if args.final else SPLITS
     if args.resume:
         clips = load_corpus(Path(args.out, "split.csv"))
@@ -624,7 +624,7 @@ def load_data(args, moved_to: str | None = None) -> tuple[list[str], list[Clip]]
 
 
 def find_again(own: list[Clip], elsewhere: list[Clip]) -> list[Clip]:
-    """A run's own clips where they lie now; they are known by file name, label and, where that is given, speaker."""
+    """A run's own clips where they are now, matched by file name, label and, if known, speaker."""
     places, found = defaultdict(list), {}
     for clip in elsewhere:
         places[Path(clip.path).stem, clip.label, clip.speaker].append(clip.path)
@@ -632,13 +632,13 @@ def find_again(own: list[Clip], elsewhere: list[Clip]) -> list[Clip]:
         name = Path(clip.path).stem, clip.label
         paths = places.get((*name, clip.speaker), places.get((*name, None), []))
         if len(paths) > 1 or found.keys() & set(paths):
-            raise ValueError(f"{paths[0]}: other clips share its name, so it may be another than {clip.path}")
+            raise ValueError(f"{paths[0]}: other clips share its name, so it may not be {clip.path}; move it back")
         found.update({path: clip._replace(path=path) for path in paths})
     return list(found.values())
 
 
 def look_at(clips: list[Clip], skip_bad: bool = False) -> list[Clip]:
-    """Fills in each clip's seconds, from the file's header where that tells; ValueError if one cannot be read.
+    """Fills in each clip's seconds, from its header where possible; ValueError if a clip cannot be read.
 
     skip_bad: decode every file whole, and leave out those that cannot be read, with a warning for each.
     """
@@ -654,7 +654,7 @@ def look_at(clips: list[Clip], skip_bad: bool = False) -> list[Clip]:
             return error
 
     with ThreadPoolExecutor(8) as pool:  # waits for disks, not for this processor
-        found = list(progress(pool.map(measure, clips), "looking at files", len(clips)))
+        found = list(progress(pool.map(measure, clips), "checking files", len(clips)))
     bad = [item for item in found if isinstance(item, Exception)]
     if bad and (not skip_bad or len(bad) == len(clips)):
         raise ValueError(f"{bad[0]} ({len(bad)} of {len(clips)} clips are bad; --skip-bad goes on with the others)")
@@ -751,7 +751,7 @@ def predict(model: sdser.MultiExitSER, clips: list[Clip], batch_size: int = 16, 
 
 
 def progress(steps, title: str, total: int) -> tqdm:
-    """A bar on a terminal, for what takes longer than a second; of several processes the first one's alone."""
+    """A bar on a terminal, for anything over a second; only the first of several processes shows one."""
     return tqdm(steps, title, total, leave=False, disable=True if RANK else None, delay=1)
 
 
@@ -779,7 +779,7 @@ def script(when_interrupted: str = "interrupted"):
 def main(argv=None) -> None:
     args = parse_args(argv)
     resume = f"python train.py --resume --out {shlex.quote(args.out)}"
-    with script(f"interrupted: {resume} goes on after the last epoch that was printed, if any"):
+    with script(f"interrupted: {resume} continues after the last epoch printed, if any"):
         run(args)
 
 
