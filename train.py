@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> None:
         message = f"{title}  loss {losses['loss']:.3f}"
         best = True  # --final has no dev clips to choose by: the last epoch is kept
         if not args.final:
-            with autocast(args):  # as in training: it is as fast, and good enough to choose by
+            with autocast(args):  # as in training, for speed
                 line["dev"] = score(model, clips, "dev", args)
             uars = {row["exit"]: row["uar"] for row in line["dev"]["exits"]}
             line["dev_uar"] = sum(uars.values()) / len(uars)
@@ -743,7 +743,7 @@ def predict(model: sdser.MultiExitSER, clips: list[Clip], batch_size: int = 16, 
     for batch, (waveforms, lengths, _) in zip(batches, progress(loader, "scoring", len(batches))):
         outputs = model(waveforms.to(model.backbone.device), lengths.to(model.backbone.device))
         logits[:, batch] = torch.stack([output.logits for output in outputs]).float().cpu()
-    if dist.is_initialized():
+    if WORLD > 1:
         dist.all_reduce(logits)  # each process has scored its share of the batches
     if not logits.isfinite().all():
         raise ValueError("the model's answers are not finite; try a smaller --lr")
