@@ -1,6 +1,5 @@
 """Saving, loading, and pre-trained backbones: the Hub's conventions, and every trap on the way."""
 
-import json
 import os
 from unittest.mock import Mock
 
@@ -33,7 +32,6 @@ def test_round_trip(layout, tmp_path, capfd):
 
 def test_saving_leaves_an_edited_model_card_links_devices_and_readable_files(tmp_path):
     build().save_pretrained(tmp_path)
-    assert "2210.14636" in (tmp_path / "README.md").read_text()
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "config.json")
     sdser.replace_file(tmp_path / "link", "new")
@@ -53,33 +51,22 @@ def test_missing_checkpoint_is_named(name, tmp_path, monkeypatch):
 
 
 def test_a_model_from_the_hub(tmp_path, monkeypatch):
-    model, asked = build(), {}
+    model, download = build(), Mock(return_value=str(tmp_path))
     model.save_pretrained(tmp_path)
-
-    def download(name, **how):
-        asked.update(how, name=name)
-        return str(tmp_path)
-
     monkeypatch.setattr(sdser, "snapshot_download", download)
     assert answers(sdser.MultiExitSER.from_pretrained("me/model", revision="v1")) == answers(model)
-    assert asked["name"] == "me/model" and asked["revision"] == "v1"
-    assert set(asked["allow_patterns"]) == {"config.json", "model.safetensors"}  # no pickles
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises((ValueError, FileNotFoundError), match="me/model"):
-        sdser.MultiExitSER.from_pretrained("me/model")
+    files = ["config.json", "model.safetensors"]  # no pickles
+    download.assert_called_once_with("me/model", allow_patterns=files, revision="v1")
 
 
 def test_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch):
     """The mixin's own method, with the Hub's answers made up."""
-    model, uploaded, api = build(), {}, Mock()
+    uploaded, api = set(), Mock()
     api.create_repo.return_value.repo_id = "me/model"
-    api.upload_folder.side_effect = lambda folder_path, **_: uploaded.update(
-        {path.name: path.read_bytes() for path in folder_path.iterdir()}
-    )
+    api.upload_folder.side_effect = lambda folder_path, **_: uploaded.update(os.listdir(folder_path))
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Mock(return_value=api))
-    model.push_to_hub("me/model")
-    assert api.upload_folder.call_args.kwargs["repo_id"] == "me/model" and set(uploaded) == FILES
-    assert json.loads(uploaded["config.json"])["exits"] == model.exits
+    build().push_to_hub("me/model")
+    assert api.upload_folder.call_args.kwargs["repo_id"] == "me/model" and uploaded == FILES
 
 
 # -- pre-trained backbones --------------------------------------------------------------------------------------------
@@ -118,13 +105,4 @@ def test_feature_extractor_decides_on_normalisation(tmp_path):
     assert not sdser.MultiExitSER.from_pretrained(tmp_path / "mine").backbone.config.do_normalize
     (tmp_path / "preprocessor_config.json").write_text('{"do_normalize": fal')
     with pytest.raises(ValueError, match=str(tmp_path)):
-        sdser.MultiExitSER(LABELS, tmp_path)
-
-
-def test_missing_weights_of_a_backbone_are_named(tmp_path):
-    backbone = Wav2Vec2Model(LAYOUTS["wav2vec2-base"])
-    weights, missing = backbone.state_dict(), "encoder.layers.2.layer_norm.weight"
-    del weights[missing]
-    backbone.save_pretrained(tmp_path, state_dict=weights)
-    with pytest.raises(ValueError, match=f"{tmp_path}.*{missing}"):
         sdser.MultiExitSER(LABELS, tmp_path)
