@@ -1,4 +1,6 @@
+import json
 import os
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this small a second thread costs more than it gains
@@ -18,6 +20,8 @@ TINY = dict(
     num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
 )  # fmt: skip
 PRE_LN = dict(feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True)
+NO_CHANCE = dict(hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, apply_spec_augment=False)
+NO_CHANCE |= dict(feat_proj_dropout=0.0, final_dropout=0.0)
 LAYOUTS = {}
 for config in (Wav2Vec2Config, HubertConfig, WavLMConfig):
     LAYOUTS[f"{config.model_type}-base"] = config(**TINY)
@@ -39,14 +43,29 @@ def build(layout="wav2vec2-base", exits=(1, 2, 4), head="gru", **changes) -> sds
     return sdser.MultiExitSER(LABELS, config, list(exits), head).eval()
 
 
+def read_run(out) -> tuple[dict, list[dict]]:
+    """What a training run has written: its results, and its log by epoch."""
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return json.loads((out / "results.json").read_text(), parse_constant=pytest.fail), log  # Infinity, NaN: no JSON
+
+
+@pytest.fixture
+def refused(capsys):
+    """Runs a script, which must end with status 2, and returns the last line of what it says."""
+
+    def run(script, *flags) -> str:
+        with pytest.raises(SystemExit) as end:
+            script.main(list(map(str, flags)))
+        assert end.value.code == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    return run
+
+
 @pytest.fixture(autouse=True)
-def seeded():
+def alone(tmp_path_factory, monkeypatch):
+    """Each test has its seed and a folder for caches; nothing may ask the network."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path_factory, monkeypatch):
-    """Caches go to a folder of the test's own; nothing may ask the network."""
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
@@ -70,13 +89,11 @@ def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     rng = np.random.default_rng(0)
     rows = ["path,label,speaker"]
-    for speaker in range(6):
-        for label in ("anger", "sadness"):
-            for n in range(3):
-                wave = train.synthesize(train.PROSODY[label], 100 + 20 * speaker, 1.0, rng)
-                name = f"{speaker}-{label}-{n}.wav"
-                soundfile.write(folder / name, wave[: 6000 + 1000 * n], 16000)
-                rows.append(f"{name},{label},s{speaker}")
+    for speaker, label, n in product(range(6), ("anger", "sadness"), range(3)):
+        wave = train.synthesize(train.PROSODY[label], 100 + 20 * speaker, 1.0, rng)
+        name = f"{speaker}-{label}-{n}.wav"
+        soundfile.write(folder / name, wave[: 6000 + 1000 * n], 16000)
+        rows.append(f"{name},{label},s{speaker}")
     (folder / "all.csv").write_text("\n".join(rows))
     return folder / "all.csv"
 

@@ -1,6 +1,5 @@
 """Processes that a test may kill: forked from a server that has imported train.py, so that each starts at once."""
 
-import contextlib
 import importlib
 import multiprocessing
 import os
@@ -26,35 +25,27 @@ def start(target, *args) -> multiprocessing.Process:
     return process
 
 
-@contextlib.contextmanager
-def output_to(file):
-    """Standard output and error, of C libraries too, go to the file's end."""
-    with open(file, "a") as stream:
-        os.dup2(stream.fileno(), 1)
-        os.dup2(stream.fileno(), 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
-        yield
-
-
 def run(flags, log, before=None, script="train") -> None:
-    """The script's main, after `before()`."""
+    """The script's main, after `before()`; what it and C libraries print goes to the log's end."""
     torch.set_num_threads(1)  # the same sums in the same order in every process
     if before:
         before()
-    with output_to(log):
+    with open(log, "a") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
         importlib.import_module(script).main(list(map(str, flags)))
 
 
 def run_until(calls: int, flags, log) -> None:
     """`run` that dies before its n-th replacement of a file, from 0; only the log says so."""
-    count, replace = 0, os.replace
+    left, replace = list(range(calls)), os.replace
 
     def deadly(*args):
-        nonlocal count
-        if count == calls:
+        if not left:
             os.write(1, b"died\n")
             os._exit(9)
-        count += 1
+        left.pop()
         replace(*args)
 
     os.replace = deadly
@@ -69,16 +60,7 @@ def run_as(rank: int, port: int, *args) -> None:
 
 
 def step_plainly() -> None:
-    """Steps of SGD; AdamW would turn the rounding of a gradient that should be zero into full steps."""
-
-    def sgd(groups, weight_decay):
-        return torch.optim.SGD(groups)
-
-    torch.optim.AdamW = sgd
-
-
-def tell_seeds() -> None:
-    """Each epoch writes what dropout and masks are drawn from."""
+    """Steps of SGD, as AdamW makes full steps of mere rounding; each epoch tells what dropout would be drawn from."""
     train_epoch = train.train_epoch
 
     def told(*args):
@@ -86,3 +68,4 @@ def tell_seeds() -> None:
         return train_epoch(*args)
 
     train.train_epoch = told
+    torch.optim.AdamW = lambda groups, weight_decay: torch.optim.SGD(groups)

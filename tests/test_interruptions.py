@@ -1,6 +1,5 @@
 """Runs that are stopped or killed at any moment go on and end where an unbroken run does."""
 
-import json
 import os
 import random
 import resource
@@ -12,40 +11,33 @@ from concurrent.futures import ThreadPoolExecutor
 import processes
 import pytest
 import torch
+from conftest import read_run
 
 import sdser
 
 
-def flags_of(corpus, out, epochs: int) -> list:
-    """Crops, masks and dropout are in play, and epochs are short."""
-    return ["--data", corpus, "--batch-size", 8, "--seconds", 0.3, "--exits", 1, 2, "--epochs", epochs, "--out", out]
-
-
-def go_on(flags, out) -> list:
-    """What a person types: --resume once an epoch is saved, else the command, in an emptied folder."""
+def command(corpus, out, epochs: int) -> list:
+    """What a person types: --resume once an epoch is saved, else the whole command, in an emptied folder."""
     if (out / "train_state.pt").exists():
         return ["--resume", "--out", out]
     shutil.rmtree(out, ignore_errors=True)
-    return flags
+    # crops, masks and dropout are in play, and epochs are short
+    return ["--data", corpus, "--batch-size", 8, "--seconds", 0.3, "--exits", 1, 2, "--epochs", epochs, "--out", out]
 
 
-def finish(flags, out) -> dict:
+def finish(corpus, out, epochs) -> tuple:
     """Goes on to the end; returns all that the run leaves, but for times."""
     text = out.with_suffix(".txt")
-    processes.start(processes.run, go_on(flags, out), text).join()
+    processes.start(processes.run, command(corpus, out, epochs), text).join()
     assert (out / "results.json").exists(), text.read_text()
+    results, log = read_run(out)
     state = torch.load(out / "train_state.pt", weights_only=True)
-    assert state["log"] == [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert state["log"] == log
+    del state["args"]
     for line in state["log"]:
         del line["seconds"]
-    results = json.loads((out / "results.json").read_text())
-    files = {path.name: path.read_bytes() for path in out.iterdir()}
-    return {
-        "state": [comparable(state[name]) for name in ("log", "model", "optimizer", "scheduler")],
-        "results": (results["dev"], results["test"]),
-        "kept": (files["model.safetensors"], files["config.json"], files["split.csv"]),
-        "files": set(files),
-    }
+    kept = [(out / name).read_bytes() for name in ("model.safetensors", "config.json", "split.csv")]
+    return comparable(state), results["dev"], results["test"], kept, sorted(os.listdir(out))
 
 
 def comparable(value):
@@ -62,13 +54,11 @@ def epochs_in(out) -> int:
 @pytest.mark.parametrize(("kills", "epochs"), [(8, 6), pytest.param(25, 30, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(corpus, tmp_path, kills, epochs):
     """SIGKILLs across a run, in its start, its epochs and its saving."""
-    expected = finish(flags_of(corpus, tmp_path / "whole", epochs), tmp_path / "whole")
-    out = tmp_path / "killed"
-    flags, rng, seen = flags_of(corpus, out, epochs), random.Random(0), set()
+    expected, out = finish(corpus, tmp_path / "whole", epochs), tmp_path / "killed"
+    rng, seen = random.Random(0), set()
     for _ in range(kills):
-        now = go_on(flags, out)
         wanted = epochs_in(out) + rng.choice((0, 1, 1))  # to be killed while starting, or after an epoch more
-        process = processes.start(processes.run, now, tmp_path / "killed.txt")
+        process = processes.start(processes.run, command(corpus, out, epochs), tmp_path / "killed.txt")
         while process.is_alive() and epochs_in(out) < wanted:
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.3))
@@ -76,21 +66,20 @@ def test_killed_at_random_moments(corpus, tmp_path, kills, epochs):
         process.join()
         seen.add(epochs_in(out))
     assert len(seen) >= 3, "the kills hit several epochs"
-    assert finish(flags, out) == expected
+    assert finish(corpus, out, epochs) == expected
 
 
 def test_killed_before_every_change_of_a_file(corpus, tmp_path):
     """At each moment what stands there can be loaded, and the run goes on from there."""
-    expected = finish(flags_of(corpus, tmp_path / "whole", 2), tmp_path / "whole")
+    expected = finish(corpus, tmp_path / "whole", 2)
 
     def kill_before(call):
         out, text = tmp_path / f"run{call}", tmp_path / f"run{call}.txt"
-        flags = flags_of(corpus, out, 2)
-        processes.start(processes.run_until, call, flags, text).join()
+        processes.start(processes.run_until, call, command(corpus, out, 2), text).join()
         died = text.read_text().endswith("died\n")
         if (out / "config.json").exists():
             sdser.MultiExitSER.from_pretrained(out)
-        assert finish(flags, out) == expected
+        assert finish(corpus, out, 2) == expected
         return died
 
     with ThreadPoolExecutor(2) as pool:
@@ -98,32 +87,29 @@ def test_killed_before_every_change_of_a_file(corpus, tmp_path):
     assert died == sorted(died, reverse=True) and died.count(True) > 6 and not died[-1], "all changes were met"
 
 
-def run_on_a_full_disk(flags, log) -> None:
-    """`run` where no file may grow beyond a megabyte."""
+def fill_disk() -> None:
+    """No file may grow beyond a megabyte."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
-    processes.run(flags, log)
 
 
 def test_a_full_disk_loses_nothing_and_resumes_once_there_is_room(corpus, tmp_path):
     """The first epoch's files fit, the next one's do not."""
-    out, text = tmp_path / "run", tmp_path / "run.txt"
-    flags = flags_of(corpus, out, 3)
-    expected = finish(flags_of(corpus, tmp_path / "whole", 3), tmp_path / "whole")
-    processes.start(processes.run_until, 6, flags, text).join()
+    out, text, expected = tmp_path / "run", tmp_path / "run.txt", finish(corpus, tmp_path / "whole", 3)
+    processes.start(processes.run_until, 6, command(corpus, out, 3), text).join()
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     assert len(before["train_state.pt"]) > 5_000_000
-    stopped = processes.start(run_on_a_full_disk, go_on(flags, out), text)
+    stopped = processes.start(processes.run, command(corpus, out, 3), text, fill_disk)
     stopped.join()
     assert stopped.exitcode == 2 and str(out) in text.read_text().splitlines()[-1]
     assert not list(out.glob(".*")), "no temporary file is left"
     assert all((out / name).read_bytes() == before[name] for name in ("train_state.pt", "split.csv"))
     sdser.MultiExitSER.from_pretrained(out)
-    assert finish(flags, out) == expected
+    assert finish(corpus, out, 3) == expected
 
 
 def test_control_c_after_an_epoch(corpus, tmp_path):
     out, text = tmp_path / "run", tmp_path / "run.txt"
-    process = processes.start(processes.run, flags_of(corpus, out, 500), text)
+    process = processes.start(processes.run, command(corpus, out, 500), text)
     while epochs_in(out) < 2:
         time.sleep(0.01)
         assert process.is_alive(), text.read_text()
