@@ -267,6 +267,7 @@ def measure(runs: dict, args) -> dict:
     for round_ in train.progress(range(-2, args.rounds), "timing", args.rounds + 2):  # the first two warm up
         for (exit, backend, threads), run in runs.items():
             torch.set_num_threads(threads)
+            run(waveforms[args.seconds[0]])  # its threads wake up
             for seconds, waveform in waveforms.items():
                 start = time.perf_counter()
                 run(waveform)

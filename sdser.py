@@ -49,9 +49,9 @@ HUB = dict(library_name="sdser", paper_url="https://arxiv.org/abs/2210.14636", p
 class ExitHead(nn.Module):
     """Hidden states of one layer -> logits z_k and embedding f_k.
 
-    gru, lstm    one-layer recurrent network (zero initial state) -> LayerNorm -> SELU -> mean over frames; the paper's
-    attention    weighted mean over frames, the weights learned
-    mean         mean over frames; the paper's at the deepest exit
+    gru, lstm    one-layer recurrent network from a zero state, LayerNorm, SELU, mean over frames, as in the paper
+    attention    mean over frames, weighted by a learned linear layer
+    mean         mean over frames, as in the paper at the deepest exit
     """
 
     def __init__(self, kind: str, width: int, num_classes: int):
@@ -70,7 +70,7 @@ class ExitHead(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, hidden: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """hidden: (B, T, D); valid: (B, T) bool, or None where all frames are -> logits (B, C), embedding (B, D)."""
+        """hidden: (B, T, D); valid: (B, T) bool, None if every frame is valid -> logits (B, C), embedding (B, D)."""
         if self.kind in ("gru", "lstm"):
             # padding comes after the clip, so what runs forward in time never sees it
             hidden = F.selu(self.norm(self.rnn(hidden)[0]))  # (B, T, D)
@@ -101,7 +101,7 @@ def self_distillation_loss(
     detach_teacher: bool = True,
     class_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The paper's loss: every exit learns the labels, and each shallow one what the deepest knows.
+    """The paper's loss, its KL corrected: all exits learn the labels, and the shallow ones what the deepest knows.
 
         L = CE(z_d, y) + 1/|S| Σ_{k in S} [ CE(z_k, y) + α T² KL(softmax(z_d/T) ‖ softmax(z_k/T)) + β MSE(f_k, f_d) ]
 
@@ -115,7 +115,7 @@ def self_distillation_loss(
         temperature: T softens both distributions; T² keeps the term's gradients about as large for any T.
         detach_teacher: the KL and hint terms send no gradient through z_d and f_d (Zhang et al., 2019); they still
             train the layers that the teacher shares with the students.
-        class_weights: (C,) float, of the classes' cross-entropies at all exits; None: all are 1.
+        class_weights: (C,) float, per class, for the cross-entropy at every exit; None means 1.
     Returns:
         the loss, a scalar, and its parts by name, detached scalars, unweighted and averaged over students: ce (the
         teacher's), ce_students, kl, hint.
@@ -186,7 +186,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         tile_seconds: if set, the model was trained on clips repeated or cut to this length, and `classify` does so too.
         threshold: the calibrated confidence that `classify(threshold="auto")` stops at.
     Raises:
-        ValueError, FileNotFoundError: for arguments that name no model, with what would be right.
+        ValueError, FileNotFoundError: if the arguments do not describe a model; the message says what would.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         """
         exits = self.exits if exit is None else [self.check_exit(exit)]
         frames, outputs = self.embed_frames(waveforms, lengths), []
-        for previous, k in zip([0, *exits], exits):  # each exit goes on where the one before it stopped
+        for previous, k in zip([0, *exits], exits):  # each exit resumes where the one before it stopped
             frames = self.run_layers(frames, previous, k)
             outputs.append(self.read_exit(k, frames))
         return outputs
@@ -246,7 +246,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
 
         x = waveforms[:, None].to(self.backbone.dtype)  # (B, 1, samples)
         for i, layer in enumerate(self.backbone.feature_extractor.conv_layers):
-            if lengths is not None:  # samples become frames
+            if lengths is not None:  # samples become frames; no convolution pads, so a clip's frames see it alone
                 lengths = (lengths - config.conv_kernel[i]) // config.conv_stride[i] + 1
             if i == 0 and config.feat_extract_norm == "group" and lengths is not None:
                 # the GroupNorm of "base" models normalises over time: padding would count
@@ -273,7 +273,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         hidden, valid, bias = frames
         config, layers = self.backbone.config, self.backbone.encoder.layers[start:stop]
         if config.model_type == "wavlm":
-            with warnings.catch_warnings():  # torch dislikes that transformers hands it a bool mask and a float bias
+            with warnings.catch_warnings():  # torch warns about a bool mask with a float bias
                 warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")
                 for layer in layers:
                     hidden, bias = layer(hidden, attention_mask=valid, position_bias=bias)

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import sdser
 
-RANK = int(os.environ.get("RANK", 0))  # which of WORLD processes this is, as torchrun says
+RANK = int(os.environ.get("RANK", 0))  # which of WORLD processes this is, set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 # The recipes, side by side; a flag given on the command line wins. toy: from scratch on a CPU, in a minute. paper: the
@@ -76,8 +76,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--out", default="out", metavar="DIR", help="a new or empty folder (default: out)")
     add("--resume", action="store_true", help="continue the run in --out, with its own flags")
     add("--device", metavar="D", help="default: cuda if available, else cpu")
-    add("--workers", type=whole_or_0, default=0, metavar="N", help="extra processes that load audio (default 0)")
-    add("--data", metavar="SOURCE", help="synthetic (default), a corpus folder or a manifest; --resume: where it is")
+    add("--workers", type=whole_or_0, metavar="N", help="extra processes that load audio (default 0)")
+    add("--data", metavar="SOURCE", help="synthetic (default), a corpus folder, a manifest; --resume: its new place")
     if "--resume" in argv:
         return parser.parse_args(argv)  # the flags below are unknown here, and so refused
 
@@ -108,12 +108,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--seed", type=whole_or_0, default=0, metavar="N", help="default 0")
     add("--skip-bad", action="store_true", help="decode every file first, and leave out those that cannot be read")
 
-    preset = parser.parse_args(argv).preset
-    if preset is None:
-        preset = "toy" if parser.parse_args(argv).backbone in (None, *sdser.SIZES) else "fast"
+    given = parser.parse_args(argv)
+    preset = given.preset or ("toy" if given.backbone in (None, *sdser.SIZES) else "fast")
     for name, values in PRESETS.items():
         parser.set_defaults(**{name: values[PRESET_NAMES.index(preset)]})
-    parser.set_defaults(preset=preset, data="synthetic")
+    parser.set_defaults(preset=preset, data="synthetic", workers=0)
     args = parser.parse_args(argv)
     if args.head_lr is None:
         args.head_lr = args.lr
@@ -123,7 +122,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def positive(kind: type, zero: bool = False):
-    """An argparse type: a finite number above 0, or also 0, of that kind."""
+    """An argparse type: a finite number of that kind, above 0 or, with zero=True, at least 0."""
 
     def number(text):
         value = kind(text)
@@ -289,7 +288,7 @@ def inverse_frequencies(dataset: "ClipDataset") -> Tensor:
 
 
 def score(model: sdser.MultiExitSER, clips: list["Clip"], split: str, args) -> dict:
-    """{"exits": [{"exit", "uar", "accuracy", "macro_f1"}, ...], "fusion": {...}}: of the students, if two or more."""
+    """{"exits": [{"exit", "uar", "accuracy", "macro_f1"}, ...], "fusion": {...}}: fusion of two students or more."""
     clips = [clip for clip in clips if clip.split == split]
     logits = predict(model, clips, args.batch_size, args.workers)  # (exits, N, C)
     targets = [model.labels.index(clip.label) for clip in clips]
