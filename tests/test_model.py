@@ -206,6 +206,8 @@ def test_early_exit_drops_clips_and_gives_each_what_it_gets_alone(layout):
         alone, alone_exit = model.early_exit(waveforms[i : i + 1, :length], None, threshold)
         assert alone_exit == exits[i]
         close(alone[0], logits[i])
+    reached = model(waveforms[:1])[0].logits.softmax(-1).max().item()
+    assert model.early_exit(waveforms[:1], None, reached)[1] == 1, "a threshold that is just reached"
 
 
 @torch.no_grad()

@@ -232,6 +232,7 @@ def test_flags_of_the_comparisons(corpus, tmp_path, flags, heads, tile_seconds):
     model = sdser.MultiExitSER.from_pretrained(tmp_path)
     assert (model.head_kinds, model.tile_seconds) == (heads, tile_seconds)
     assert len(results["test"]["exits"]) == len(heads)
+    assert (len(train.load_corpus(tmp_path / "split.csv")) < 36) == ("--label-fraction" in flags)
     assert len(model.backbone.encoder.layers) == model.exits[-1] == results["test"]["exits"][-1]["exit"]
 
 
