@@ -66,11 +66,6 @@ SHIPPED = {".onnx": ("fp32", "int8"), ".pt2": ("fp32", "bf16", "aoti", "aoti-bf1
 POSSIBLE = "; ".join(f"{ending or 'a folder'}: {', '.join(backends)}" for ending, backends in SHIPPED.items())
 
 
-def shipped() -> str:
-    kinds = {".onnx": "an .onnx", ".pt2": "a .pt2", "": "a folder"}
-    return "; ".join(f"{kinds[ending]}: {', '.join(backends)}" for ending, backends in SHIPPED.items())
-
-
 def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str) -> None:
     """Writes one exit as a file of its own, whole or not at all: raw waveform (1, T) at 16 kHz -> probabilities (1, C).
 

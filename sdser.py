@@ -43,6 +43,7 @@ MAX_SECONDS = 60  # of a clip to classify: attention's memory grows with the squ
 MIN_SAMPLES = 400  # one frame of the convolutional encoder, 25 ms
 HEADS = ("gru", "lstm", "attention", "mean")
 HUB = dict(library_name="sdser", paper_url="https://arxiv.org/abs/2210.14636", pipeline_tag="audio-classification")
+ARGUMENTS = ("labels", "backbone", "exits", "head", "tile_seconds", "threshold")  # of MultiExitSER, in config.json
 
 
 # -- the exits ---------------------------------------------------------------------------------------------------------
@@ -405,9 +406,9 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
             with file_errors(checkpoint, "no such folder, nor a Hub model within reach", advice, FileNotFoundError):
                 folder = snapshot_download(checkpoint, allow_patterns=["config.json", "model.safetensors"], **hub)
         with file_errors(checkpoint, "not a whole sdser checkpoint", "give a folder written by train.py"):
-            arguments = json.loads(Path(folder, "config.json").read_text())
+            saved = json.loads(Path(folder, "config.json").read_text())
             with torch.device("meta"):  # no memory yet: a damaged config may ask for terabytes
-                model = cls(**arguments)
+                model = cls(**{name: saved[name] for name in ARGUMENTS})
             weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
             # copied: where a file's tensors lie in memory changes how sums are rounded
             weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
@@ -715,7 +716,7 @@ def to_16_khz(name, waveform: Tensor, rate: int) -> Tensor:
 def read_clip(clip, tile_seconds: float | None = None, sample_rate: int = SAMPLE_RATE) -> Tensor:
     """A path, file object or 1-D float array, of at most 60 s -> the waveform (T,) float32 that the model reads."""
     if isinstance(clip, str | os.PathLike) or hasattr(clip, "read"):
-        name = "the file object" if hasattr(clip, "read") else clip
+        name = getattr(clip, "name", "the file object") if hasattr(clip, "read") else clip
         waveform = load_audio(clip, seconds=MAX_SECONDS + 1)
     elif getattr(clip, "ndim", None) == 1 and torch.as_tensor(clip).is_floating_point():
         name = "the waveform"

@@ -645,10 +645,11 @@ def look_at(clips: list[Clip], skip_bad: bool = False) -> list[Clip]:
     def measure(clip):
         try:
             with sdser.open_audio(clip.path) as (_, sound, length):
-                rate = sound.samplerate
-            if skip_bad or length is None:
-                length, rate = len(sdser.load_audio(clip.path)), sdser.SAMPLE_RATE
-            return clip._replace(seconds=length / rate)
+                seconds = length / sound.samplerate if length else None
+            if skip_bad or seconds is None:
+                waveform = sdser.load_audio(clip.path)
+                seconds = seconds or len(waveform) / sdser.SAMPLE_RATE
+            return clip._replace(seconds=seconds)
         except (OSError, ValueError) as error:
             return error
 

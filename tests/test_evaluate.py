@@ -78,6 +78,7 @@ def made_up(wrong: float, speakers=12) -> evaluate.Scored:
 def test_bootstrap_draws_speakers_with_all_their_clips():
     scored = made_up(wrong=0.3)
     targets, answers = scored.targets, scored.logits[0].argmax(-1).numpy()
+    assert set(scored.units) == {f"s{i}" for i in range(12)}
     draws = evaluate.bootstrap(targets, answers[None], scored.units, 3)[0]
     rng, names, expected = np.random.default_rng(1), np.unique(scored.units), []
     for _ in range(1000):  # the plain way: draw speakers, put their clips together, score them
@@ -109,6 +110,7 @@ def test_early_exit_and_fusion_by_hand():
     logits[0, 0, 0] = logits[1, 1, 1] = logits[2, 2, 2] = 10.0  # certain at exit 1, at exit 2, at exit 4; never
     assert evaluate.exit_index(logits, 0.9).tolist() == [0, 1, 2, 2]
     assert evaluate.exit_index(logits, np.array([0.9, 0.0, 0.9, 0.0])).tolist() == [0, 0, 2, 0]
+    assert evaluate.exit_index(logits, logits[0, 0].softmax(-1).max().item())[0] == 0  # just reached
     rows = evaluate.predict_rows(evaluate.Scored(build(), [], np.zeros(4), logits), 0.9)
     assert rows["early exit"].tolist() == [0, 1, 2, 0] and rows[4].tolist() == [0, 0, 2, 0]
     assert rows["fusion"].tolist() == [0, 1, 0, 0]  # of exits 1 and 2

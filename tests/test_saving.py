@@ -1,5 +1,6 @@
 """Saving, loading, and pre-trained backbones: the Hub's conventions, and every trap on the way."""
 
+import json
 import os
 from unittest.mock import Mock
 
@@ -28,6 +29,14 @@ def test_round_trip(layout, tmp_path, capfd):
     assert (again.labels, again.exits, again.threshold, again.tile_seconds) == (LABELS, [1, 2, 4], 0.8, 0.7)
     assert answers(again) == answers(model)
     assert set(os.listdir(tmp_path)) == FILES
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in config:  # what is missing is not made up; what else is there does not matter
+        some = {key: value for key, value in config.items() if key != name}
+        (tmp_path / "config.json").write_text(json.dumps({**some, "note": "mine"}))
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            sdser.MultiExitSER.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "note": "mine"}))
+    assert sdser.MultiExitSER.from_pretrained(tmp_path).labels == LABELS
 
 
 def test_saving_leaves_an_edited_model_card_links_devices_and_readable_files(tmp_path):
