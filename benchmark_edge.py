@@ -186,7 +186,11 @@ def load_pt2(path: str, threads: int):
         except Exception:  # of many kinds: a package that AOTInductor has compiled
             program = torch._inductor.aoti_load_package(path)
 
-    return torch.inference_mode()(lambda waveform: program(torch.from_numpy(waveform)).numpy())
+    @torch.inference_mode()
+    def run(waveform):
+        return program(torch.from_numpy(waveform)).numpy()
+
+    return run
 
 
 def load_onnxruntime(path: str, threads: int):

@@ -314,7 +314,8 @@ def report(results: dict, args) -> None:
 
 def plot(results: dict, curve: list[tuple[float, float]], folder: str) -> None:
     """Writes uar_against_cost.png and confusion.png."""
-    pyplot, exits = import_pyplot(), [row for row in results["rows"] if isinstance(row["exit"], int)]
+    pyplot = import_pyplot()
+    exits = [row for row in results["rows"] if isinstance(row["exit"], int)]
     figure, axes = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
     for row in results["rows"]:
         cost, uar = row["macs_per_second"] / 1e9, row["uar"]
@@ -326,8 +327,7 @@ def plot(results: dict, curve: list[tuple[float, float]], folder: str) -> None:
             axes.plot(cost, uar, "*", color="black", markersize=12, label="early exit, threshold chosen on dev")
             axes.plot(*np.array(curve).T, "-", color="gray", zorder=0, label="early exit, all thresholds")
     axes.axhline(results["chance"], color="gray", linestyle=":", label="chance")
-    axes.set(xlabel="billion multiply-accumulates per second of audio", ylabel="UAR (95 % interval)", ylim=(0, 1))
-    axes.set_xlim(0, None)
+    axes.set(xlabel="GMAC per second of audio", ylabel="UAR (95 % interval)", xlim=(0, None), ylim=(0, 1))
     axes.legend(loc="lower right", fontsize="small")
     save_figure(figure, Path(folder, "uar_against_cost.png"))
 

@@ -58,6 +58,9 @@ def test_classify_takes_uploads_and_other_rates(wav):
     for answer in (*model.classify([upload]), by_array):
         assert answer.probabilities == pytest.approx(by_path.probabilities, abs=1e-6)
     assert model.classify(waveform)[0].probabilities != pytest.approx(by_path.probabilities, abs=1e-6)
+    path = wav(np.ones(61 * 16_000, dtype=np.int16))
+    with open(path, "rb") as file, pytest.raises(ValueError, match=str(path)):  # too long, by its own name
+        model.classify(file)
 
 
 @pytest.mark.parametrize("clip", [
