@@ -2,7 +2,7 @@
 
     python benchmark_edge.py --backbone base                      # latency needs no trained weights
     python benchmark_edge.py out --budget-ms 80                   # the deepest exit of a trained model that fits
-    python benchmark_edge.py out --export model.onnx --exit 3     # one exit in one file: .onnx, .pt2 or a folder
+    python benchmark_edge.py out --export model.onnx --exit 3     # one exit as a file, or as a folder
 
 Read top to bottom: the flags, writing a file, running one, measuring, the report, the plot.
 """
@@ -48,7 +48,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--budget-ms", type=positive(float), metavar="MS", help="name the deepest exit that meets it in 95 %% of runs")
     add("--json", metavar="FILE", help="write the results as JSON")
     add("--plot", metavar="FILE", help="write a plot of the latencies (needs matplotlib)")
-    add("--export", metavar="FILE", help="write one exit as FILE.onnx, FILE.pt2 or a folder, and measure nothing")
+    add("--export", metavar="FILE", help="write one exit as FILE.onnx or as a folder, and measure nothing")
     add("--exit", type=int, metavar="K", help="with --export (default: the deepest)")
     add("--backend", default="fp32", metavar="B", help=f"with --export: {POSSIBLE} (default fp32)")
     args = parser.parse_args(argv)
@@ -62,42 +62,23 @@ def parse_args(argv=None) -> argparse.Namespace:
 # -- writing one exit as a file ---------------------------------------------------------------------------------------
 
 # What can be written under a name of that ending; one without an ending is a folder's.
-SHIPPED = {".onnx": ("fp32", "int8"), ".pt2": ("fp32", "bf16", "aoti", "aoti-bf16"), "": ("fp32", "transformers")}
+SHIPPED = {".onnx": ("fp32", "int8"), "": ("fp32", "transformers")}
 POSSIBLE = "; ".join(f"{ending or 'a folder'}: {', '.join(backends)}" for ending, backends in SHIPPED.items())
 
 
 def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str) -> None:
-    """Writes one exit as a file of its own, whole or not at all: raw waveform (1, T) at 16 kHz -> probabilities (1, C).
+    """Writes one exit as a file or folder of its own, whole or not at all.
 
-    backend, path: a pair of SHIPPED. aoti and aoti-bf16 are compiled by AOTInductor for this kind of processor, which
-    takes a C++ compiler and a minute. Raises ValueError for other pairs and missing packages, saying what is possible.
+    backend, path: a pair of SHIPPED. Raises ValueError for other pairs and missing packages, saying what is possible.
     """
     check_export(backend, path)
-    small, ending = model.truncate(exit).requires_grad_(False), Path(path).suffix.lower()
+    small = model.truncate(exit).requires_grad_(False)
     if backend == "transformers":
-        return write_transformers(small, path)
-    if not ending:
-        return small.save_pretrained(path)
-    # weight norm would be worked out anew at every call
-    nn.utils.parametrize.remove_parametrizations(small.backbone.encoder.pos_conv_embed.conv, "weight")
-    if backend.endswith("bf16"):
-        small.backbone.bfloat16()
-    # A recurrent network that is not made a loop would keep the length of the clip that it is traced with.
-    from torch.export._patches import register_gru_while_loop_decomposition as gru_loop
-    from torch.export._patches import register_lstm_while_loop_decomposition as lstm_loop
-
-    waveform, any_length = torch.randn(1, 3 * sdser.SAMPLE_RATE), ({1: torch.export.Dim.DYNAMIC},)
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings(action="ignore"):
-        fresh = os.path.join(folder, f"model{ending}")
-        with gru_loop(), lstm_loop():
-            program = torch.export.export(Shipped(small), (waveform,), dynamic_shapes=any_length)
-            if ending == ".onnx":
-                write_onnx(program, model.labels, fresh, backend)
-            elif not backend.startswith("aoti"):
-                torch.export.save(program, fresh, extra_files={"labels.json": json.dumps(model.labels)})
-        if backend.startswith("aoti"):
-            torch._inductor.aoti_compile_and_package(program, package_path=fresh, inductor_configs={"freezing": True})
-        sdser.replace_file(path, Path(fresh).read_bytes())
+        write_transformers(small, path)
+    elif Path(path).suffix:
+        write_onnx(small, path, backend)
+    else:
+        small.save_pretrained(path)
 
 
 def check_export(backend: str, path: str) -> None:
@@ -113,7 +94,7 @@ def has_onnx() -> bool:
 
 
 class Shipped(nn.Module):
-    """Raw waveform (1, T) at 16 kHz -> class probabilities (1, C)."""
+    """What an .onnx computes: class probabilities (1, C) of a raw waveform (1, T) at 16 kHz."""
 
     def __init__(self, model: sdser.MultiExitSER):
         super().__init__()
@@ -126,28 +107,46 @@ class Shipped(nn.Module):
         return self.model(waveform)[0].logits.softmax(-1)
 
 
-def write_onnx(program: torch.export.ExportedProgram, labels: list[str], path: str, backend: str) -> None:
-    names = dict(input_names=["waveform"], output_names=["probabilities"])
-    onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    onnx_program.model.metadata_props["labels"] = json.dumps(labels)
-    onnx_program.save(path)
-    if backend == "int8":  # the matrix products alone: onnxruntime's int8 convolutions are slower than float32
-        from onnxruntime.quantization import QuantType, quantize_dynamic
+def write_onnx(small: sdser.MultiExitSER, path: str, backend: str) -> None:
+    """Writes a model of one exit, with its labels, as one .onnx file, which takes clips of any length."""
+    # A recurrent network that is not made a loop would keep the length of the clip that it is traced with.
+    from torch.export._patches import register_gru_while_loop_decomposition as gru_loop
+    from torch.export._patches import register_lstm_while_loop_decomposition as lstm_loop
 
-        # 7-bit weights: on processors with AVX2 and no VNNI, products of 8-bit signed numbers saturate
-        types = dict(op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8, reduce_range=True)
-        quantize_dynamic(path, path, **types)
+    for module in list(small.modules()):
+        if nn.utils.parametrize.is_parametrized(module):  # weight norm would be recomputed at every call
+            nn.utils.parametrize.remove_parametrizations(module, "weight")
+    waveform, any_length = torch.randn(1, 3 * sdser.SAMPLE_RATE), ({1: torch.export.Dim.DYNAMIC},)
+    names = dict(input_names=["waveform"], output_names=["probabilities"])
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings(action="ignore"):
+        fresh = os.path.join(folder, "model.onnx")
+        with gru_loop(), lstm_loop():
+            program = torch.export.export(Shipped(small), (waveform,), dynamic_shapes=any_length)
+            onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+        onnx_program.model.metadata_props["labels"] = json.dumps(small.labels)
+        onnx_program.save(fresh)
+        if backend == "int8":  # only the matrix products: onnxruntime's int8 convolutions are slower than float32
+            from onnxruntime.quantization import QuantType, quantize_dynamic
+
+            # 7-bit weights: on processors with AVX2 and no VNNI, products of 8-bit signed numbers saturate
+            types = dict(op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8, reduce_range=True)
+            quantize_dynamic(fresh, fresh, **types)
+        sdser.replace_file(path, Path(fresh).read_bytes())
 
 
 def write_transformers(small: sdser.MultiExitSER, path: str) -> None:
-    """A folder for `pipeline("audio-classification")`: an exit with a mean head is its `ForSequenceClassification`."""
+    """Writes a folder for `pipeline("audio-classification")`.
+
+    An exit with a mean head is the `ForSequenceClassification` model of transformers: its projector is linear, so it
+    may come before the mean, as there, or after it, as here.
+    """
     if small.head_kinds != ["mean"] or small.tile_seconds:
         kind = "tiled clips" if small.tile_seconds else f"a {small.head_kinds[0]} head"
         raise ValueError(f"{path}: transformers has mean heads and no tiling, this exit has {kind}; write an .onnx")
     config = type(small.backbone.config)(**small.backbone.config.to_dict())
     config.id2label = dict(enumerate(small.labels))
     config.label2id = {label: i for i, label in config.id2label.items()}
-    config.classifier_proj_size = 256  # the projector is linear: it may come before the mean, as there, or after it
+    config.classifier_proj_size = 256
     model = transformers.AutoModelForAudioClassification.from_config(config)
     model.base_model.load_state_dict(small.backbone.state_dict())
     model.projector.load_state_dict(small.heads[str(small.exits[0])].projector.state_dict())
@@ -159,8 +158,8 @@ def write_transformers(small: sdser.MultiExitSER, path: str) -> None:
 
 # -- running a file ---------------------------------------------------------------------------------------------------
 
-# Each gives a function from a waveform (1, T) float32 to probabilities (1, C), both numpy. They import what they need,
-# so that a process of its own can run one and nothing else.
+# Each returns a function from a waveform (1, T) float32 to probabilities (1, C), both numpy, and imports what it needs
+# itself, so that `peak_megabytes` can run its source in a process without torch.
 
 
 def load_torch(path: str, threads: int):
@@ -174,30 +173,11 @@ def load_torch(path: str, threads: int):
     return lambda waveform: [list(model.classify(waveform[0])[0].probabilities.values())]
 
 
-def load_pt2(path: str, threads: int):
-    import warnings
-
-    import torch
-
-    torch.set_num_threads(threads)
-    with warnings.catch_warnings(action="ignore"):  # about its own buffers
-        try:
-            program = torch.export.load(path).module()
-        except Exception:  # of many kinds: a package that AOTInductor has compiled
-            program = torch._inductor.aoti_load_package(path)
-
-    @torch.inference_mode()
-    def run(waveform):
-        return program(torch.from_numpy(waveform)).numpy()
-
-    return run
-
-
 def load_onnxruntime(path: str, threads: int):
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3  # errors alone
+    options.intra_op_num_threads, options.log_severity_level = threads, 3  # only errors
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda waveform: session.run(None, {"waveform": waveform})[0]
 
@@ -212,9 +192,6 @@ def load_openvino(path: str, threads: int):
 # What the table has rows for: how the file is run, its ending, and how it is exported.
 BACKENDS = {
     "torch": (load_torch, "", "fp32"),
-    "pt2": (load_pt2, ".pt2", "fp32"),
-    "aoti": (load_pt2, ".pt2", "aoti"),
-    "aoti-bf16": (load_pt2, ".pt2", "aoti-bf16"),
     "onnxruntime": (load_onnxruntime, ".onnx", "fp32"),
     "onnxruntime-int8": (load_onnxruntime, ".onnx", "int8"),
     "openvino": (load_openvino, ".onnx", "fp32"),
@@ -222,7 +199,7 @@ BACKENDS = {
 
 
 def load_clips(checkpoint: str | None) -> list[np.ndarray]:
-    """Eight waveforms (1, T): the checkpoint's own test clips where they are at hand, else synthetic voices."""
+    """Returns eight waveforms (1, T): the checkpoint's own test clips where they are at hand, else synthetic voices."""
     if checkpoint:
         with contextlib.suppress(OSError, ValueError):
             test = evaluate.choose_clips(checkpoint, "test", None)
@@ -234,7 +211,7 @@ def load_clips(checkpoint: str | None) -> list[np.ndarray]:
 
 
 def largest_change(model: sdser.MultiExitSER, exit: int, run, clips: list[np.ndarray]) -> float:
-    """Of any class probability, over the clips."""
+    """Returns the largest change in any class probability of any clip, against the model itself."""
     exact = [list(model.classify(clip[0], exit=exit)[0].probabilities.values()) for clip in clips]
     return float(max(np.abs(np.array(run(clip)[0]) - row).max() for clip, row in zip(clips, exact)))
 
@@ -246,7 +223,11 @@ def megabytes(path: str) -> float:
 
 # -- measuring --------------------------------------------------------------------------------------------------------
 def peak_megabytes(load, path: str, threads: int, samples: int) -> float | None:
-    """Peak memory of a process that runs that file and nothing else; None where the system does not tell."""
+    """Measures the peak memory of a process that runs that file and nothing else; None where the system does not tell.
+
+    This script has imported torch, which takes more memory than an .onnx, so a bare process gets only the source text
+    of `load` (a function of this file), and reports its own peak.
+    """
     if not os.path.exists("/proc/self/status"):
         return None
     program = f"{inspect.getsource(load)}\nimport numpy\nrun = {load.__name__}({path!r}, {threads})\n"
@@ -259,7 +240,7 @@ def peak_megabytes(load, path: str, threads: int, samples: int) -> float | None:
 
 
 def measure(runs: dict, args) -> dict:
-    """Milliseconds {(exit, backend, threads, seconds): [one a round]}, in turn, so that a drift hits all alike."""
+    """Times all files in turn, so that a drift hits all alike: a list of ms for each cell."""
     waveforms, rng, times = {}, np.random.default_rng(0), defaultdict(list)
     for seconds in args.seconds:
         waveforms[seconds] = (0.1 * rng.normal(size=(1, round(seconds * sdser.SAMPLE_RATE)))).astype(np.float32)
@@ -272,13 +253,13 @@ def measure(runs: dict, args) -> dict:
                 run(waveform)
                 if round_ >= 0:
                     times[exit, backend, threads, seconds].append(1000 * (time.perf_counter() - start))
-            if backend not in ("torch", "pt2"):
+            if backend != "torch":
                 time.sleep(0.05)  # its threads go on spinning for a while, at the cost of whatever comes next
     return times
 
 
 def benchmark(model: sdser.MultiExitSER, args) -> dict:
-    """Everything that is measured, as it goes into the JSON."""
+    """Measures everything, and returns it as it goes into the JSON."""
     backends = args.backends or (["torch", "onnxruntime", "onnxruntime-int8"] if has_onnx() else ["torch"])
     clips, runs, facts = load_clips(args.checkpoint), {}, {}
     samples = round(max(args.seconds) * sdser.SAMPLE_RATE)
@@ -311,7 +292,7 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
 
 # -- the report, the plot ---------------------------------------------------------------------------------------------
 def report(results: dict, args) -> None:
-    """The table, and what to take from it."""
+    """Prints the table, and what fits the budget."""
     machine, cells = results["machine"], defaultdict(list)
     for row in results["rows"]:
         cells[row["threads"], row["exit"], row["backend"]].append(row)
@@ -324,7 +305,7 @@ def report(results: dict, args) -> None:
         times = "".join(f"{row['p50_ms']:8.1f} ({row['p95_ms']:5.1f})" for row in rows)
         peak, change = rows[0]["peak_rss_mb"] or math.nan, rows[0]["max_probability_change"]
         print(f"{threads:7}  {exit:4}  {backend:16}{times}  {peak:7.0f}  {rows[0]['size_mb']:7.1f}  {change:.0e}")
-    print("\npeak MB: of a process that runs that file alone; change: the largest of a probability on real clips")
+    print("\npeak MB: of a process that runs only that file; change: the largest in any probability, on real clips")
     for threads in args.threads if args.budget_ms else []:
         for seconds in args.seconds:
             shown = [row for row in results["rows"] if (row["threads"], row["seconds"]) == (threads, seconds)]
@@ -332,7 +313,7 @@ def report(results: dict, args) -> None:
 
 
 def fit_budget(rows: list[dict], milliseconds: float) -> str:
-    """The deepest exit that answers in time, and the file that changes its probabilities least."""
+    """Names the deepest exit that answers in time, and the file that changes its probabilities least."""
     fits = [row for row in rows if row["p95_ms"] <= milliseconds]
     if not fits:
         best = min(rows, key=lambda row: row["p95_ms"])
@@ -344,7 +325,7 @@ def fit_budget(rows: list[dict], milliseconds: float) -> str:
 
 
 def plot(results: dict, args) -> None:
-    """Latency against exit, a line per backend and a panel per clip length, on most threads."""
+    """Plots latency against exit, a line per backend and a panel per clip length, for the largest --threads."""
     pyplot, panels = evaluate.import_pyplot(), len(args.seconds)
     figure, axes = pyplot.subplots(1, panels, figsize=(1.5 + 3 * panels, 3.5), squeeze=False, layout="constrained")
     rows = [row for row in results["rows"] if row["threads"] == max(args.threads)]
@@ -368,7 +349,7 @@ def ship(model: sdser.MultiExitSER, args) -> None:
     print(f"{path}: exit {exit}, {args.backend}, {megabytes(path):.1f} MB, labels {', '.join(model.labels)}")
     if args.backend == "transformers":
         return print(f'use: transformers.pipeline("audio-classification", model="{path}")')
-    load = {".onnx": load_onnxruntime, ".pt2": load_pt2, "": load_torch}[Path(path).suffix.lower()]
+    load = load_onnxruntime if Path(path).suffix else load_torch
     clips = load_clips(args.checkpoint)
     change = largest_change(model, exit, load(path, max(args.threads)), clips)
     print(f"loaded back and run on {len(clips)} clips: no probability differs by more than {change:.1e}")

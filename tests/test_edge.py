@@ -37,57 +37,37 @@ def refused(capsys, *flags) -> str:
 
 
 # -- files to ship ----------------------------------------------------------------------------------------------------
-# Programs of their own: a file, then clips -> answers and labels.
-LOAD = {
-    ".pt2": """
-extra = {"labels.json": ""}
-program = torch.export.load(sys.argv[1], extra_files=extra).module()
-run, labels = lambda clip: program(torch.from_numpy(clip)), json.loads(extra["labels.json"])
-""",
-    "aoti": """
-program = torch._inductor.aoti_load_package(sys.argv[1])
-run, labels = lambda clip: program(torch.from_numpy(clip)), None
-""",
-    ".onnx": """
-import onnxruntime
+ALONE = """
+import json, sys, numpy, onnxruntime
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-run = lambda clip: session.run(None, {"waveform": clip})[0]
-labels = json.loads(session.get_modelmeta().custom_metadata_map["labels"])
-""",
-}
+answers = [session.run(None, {"waveform": numpy.load(path)})[0].tolist() for path in sys.argv[2:]]
+assert not {"torch", "sdser"} & set(sys.modules)
+print(json.dumps([answers, json.loads(session.get_modelmeta().custom_metadata_map["labels"])]))
+"""
 
 
-def run_alone(load, path, clips) -> tuple[list, list]:
-    """What a process that imports neither this project nor, for an .onnx, torch makes of the clips; and its labels."""
+def run_alone(path, clips) -> tuple[list, list]:
+    """Returns what a process that imports neither torch nor this project makes of the clips; and the file's labels."""
     for i, clip in enumerate(clips):
         np.save(path.parent / f"{i}.npy", clip[None].numpy())
-    torch_or_not = "assert 'torch' not in sys.modules\n" if load == ".onnx" else "import torch\n"
-    code = f"import json, sys, numpy\n{torch_or_not}{LOAD[load]}\nassert 'sdser' not in sys.modules\n"
-    code += "print(json.dumps([[run(numpy.load(path)).tolist() for path in sys.argv[2:]], labels]))"
     files = [path.name, *(f"{i}.npy" for i in range(len(clips)))]
-    return json.loads(subprocess.check_output([sys.executable, "-c", code, *files], cwd=path.parent))
+    return json.loads(subprocess.check_output([sys.executable, "-c", ALONE, *files], cwd=path.parent))
 
 
-@pytest.mark.parametrize(("ending", "backend", "head", "tolerance"), [
-    (".pt2", "fp32", "gru", 1e-5), (".pt2", "bf16", "attention", 0.05), (".onnx", "fp32", "gru", 1e-5),
-    (".onnx", "int8", "attention", 0.05), pytest.param(".pt2", "fp32", "lstm", 1e-5, marks=pytest.mark.slow),
-    pytest.param(".onnx", "fp32", "lstm", 1e-5, marks=pytest.mark.slow),
-    pytest.param(".pt2", "aoti", "gru", 1e-5, marks=pytest.mark.slow),  # half a minute of a C++ compiler
+@needs_onnx
+@pytest.mark.parametrize(("backend", "head", "tolerance"), [
+    ("fp32", "gru", 1e-5), ("int8", "attention", 0.05),
+    pytest.param("fp32", "lstm", 1e-5, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_exported_files_stand_alone(tmp_path, ending, backend, head, tolerance):
-    model, path = sharp(head=head), tmp_path / f"model{ending}"
-    if ending == ".onnx" and not benchmark_edge.has_onnx():
-        pytest.skip("no onnx")
+def test_exported_files_stand_alone(tmp_path, backend, head, tolerance):
+    model, path = sharp(head=head), tmp_path / "model.onnx"
     model.save_pretrained(tmp_path / "run")
     flags = [str(tmp_path / "run"), "--export", str(path), "--exit", "2", "--backend", backend]
-    if backend == "aoti":  # torch cannot compile where it has exported an LSTM before
-        subprocess.run([sys.executable, benchmark_edge.__file__, *flags], check=True)
-    else:
-        benchmark_edge.main(flags)
+    benchmark_edge.main(flags)
     assert {file.name for file in tmp_path.iterdir()} == {"run", path.name}
     clips = [torch.randn(samples) for samples in (720, 3000, 20_000)]
-    answers, labels = run_alone("aoti" if backend == "aoti" else ending, path, clips)
-    assert labels == (None if backend == "aoti" else LABELS)
+    answers, labels = run_alone(path, clips)
+    assert labels == LABELS
     for [answer], wanted in zip(answers, model.classify(clips, exit=2), strict=True):
         assert answer == pytest.approx(list(wanted.probabilities.values()), rel=0, abs=tolerance)
     if backend == "int8":  # two products of 7-bit weights and 8-bit inputs fit into 16 bits
@@ -107,17 +87,6 @@ def test_a_folder_is_a_checkpoint_of_that_exit(tmp_path, capsys):
     assert small.exits == [1] and small.classify(clip)[0].probabilities == model.classify(clip, exit=1)[0].probabilities
     assert "small" in refused(capsys, tmp_path / "run", "--export", tmp_path / "small")  # holds files
     assert sdser.MultiExitSER.from_pretrained(tmp_path / "small").exits == [1]
-
-
-def test_export_of_a_tiled_model_tiles(tmp_path):
-    model, path = sharp(), str(tmp_path / "model.PT2")
-    model.tile_seconds = 0.5
-    benchmark_edge.export(model, 1, "fp32", path)
-    run = benchmark_edge.load_pt2(path, 1)
-    for samples in (3000, 8000, 9000):
-        waveform = torch.randn(samples)
-        [wanted] = model.classify([waveform], exit=1)
-        assert run(waveform[None].numpy())[0].tolist() == pytest.approx(list(wanted.probabilities.values()), abs=1e-5)
 
 
 @needs_onnx
@@ -152,9 +121,9 @@ def test_exports_are_checked_on_the_checkpoints_test_clips(wav, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [
-    ["--backend", "int8", "--export", "model.pt2"], ["--backend", "transformers", "--export", "model.onnx"],
-    ["--backend", "bf16", "--export", "small"], ["--export", "model.pt"], ["--export", "model.onnx"],
-    ["--export", f"{__file__}/a.pt2"], ["--json", "/nonexistent/a.json"], ["--plot", "/nonexistent/a.png"],
+    ["--backend", "int8", "--export", "model"], ["--backend", "transformers", "--export", "model.onnx"],
+    ["--backend", "bf16", "--export", "small"], ["--export", "model.pt2"], ["--export", "model.onnx"],
+    ["--export", f"{__file__}/a.onnx"], ["--json", "/nonexistent/a.json"], ["--plot", "/nonexistent/a.png"],
 ])  # fmt: skip
 def test_what_cannot_be_written_is_refused_before_any_work(tmp_path, capsys, monkeypatch, flags):
     """Even before the checkpoint, which is not there; nor is the package onnx."""
@@ -189,9 +158,9 @@ def test_benchmark_of_a_checkpoint(tmp_path):
 
 
 def test_budget():
-    cells = (3, "torch", 55, 0.0), (3, "pt2", 25, 0.1), (12, "torch", 75, 1e-7), (12, "pt2", 45, 0.2)
+    cells = (3, "torch", 55, 0.0), (3, "onnxruntime", 25, 0.1), (12, "torch", 75, 1e-7), (12, "onnxruntime", 45, 0.2)
     rows = [dict(zip(("exit", "backend", "p95_ms", "max_probability_change"), cell)) for cell in cells]
-    assert "--exit 12 --export model.pt2" in benchmark_edge.fit_budget(rows, 60)
+    assert "--exit 12 --export model.onnx" in benchmark_edge.fit_budget(rows, 60)
     assert "--exit 12 --export model " in benchmark_edge.fit_budget(rows, 76)  # changes least
-    assert "--exit 3 --export model.pt2" in benchmark_edge.fit_budget(rows, 30)
-    assert "exit 3 by pt2" in benchmark_edge.fit_budget(rows, 10)  # nothing fits, this is nearest
+    assert "--exit 3 --export model.onnx" in benchmark_edge.fit_budget(rows, 30)
+    assert "exit 3 by onnxruntime" in benchmark_edge.fit_budget(rows, 10)  # nothing fits, this is nearest
