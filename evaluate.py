@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import warnings
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import sdser
 import train
 
-THRESHOLDS = np.linspace(0, 1, 101).round(2)
+THRESHOLDS = np.linspace(0, 1, 101).round(2).tolist()
 DRAWS = 2000  # of the bootstrap
 
 
@@ -37,7 +37,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("checkpoints", help="folder written by train.py, or a Hub name; several of one kind are pooled", **checkpoint)
     add("--data", metavar="SOURCE", help="another corpus than the checkpoint's own (see train.py)")
     add("--split", choices=train.SPLITS, help="default: test, or all clips of a --data without splits")
-    add("--against", help="also the paired difference in UAR to these", **checkpoint)
+    add("--against", help="also the paired difference in {metric} to these", **checkpoint)
     real_or_0 = train.positive(float, zero=True)
     add("--tolerance", type=real_or_0, default=0.01, metavar="X", help="UAR early exit may lose on dev (default 0.01)")
     add("--json", metavar="FILE", help="write the results as JSON")
@@ -60,12 +60,13 @@ class Scored(NamedTuple):
 
     model: sdser.MultiExitSER  # of one run: labels, exits and costs are the same for all
     clips: list[train.Clip]
-    run: np.ndarray  # (N,) the index of each clip's checkpoint
+    run: torch.Tensor  # (N,) the index of each clip's checkpoint
     logits: torch.Tensor  # (exits, N, C)
 
     @property
-    def targets(self) -> np.ndarray:
-        return np.array([self.model.labels.index(clip.label) for clip in self.clips])
+    def targets(self) -> torch.Tensor:
+        """What is true of each clip, (N,) class indices."""
+        return torch.tensor([train.target_of(clip, self.model.labels) for clip in self.clips])
 
     @property
     def units(self) -> np.ndarray:
@@ -75,128 +76,141 @@ class Scored(NamedTuple):
 
 
 def load_and_score(checkpoints: list[str], split: str | None, source: str | None, device: str) -> Scored:
-    """Every run on its own clips of a split, or on those of another corpus; ValueError if they are not of one kind."""
+    """Scores every run on its own clips of a split, or on another corpus; ValueError if they are not of one kind."""
     kinds, clips, run, logits = [], [], [], []
     for i, checkpoint in enumerate(checkpoints):
         model = sdser.MultiExitSER.from_pretrained(checkpoint).to(device)
         kind = (model.labels, model.exits, model.head_kinds, model.tile_seconds)
         if kinds and kind not in kinds:
             raise ValueError(f"{checkpoint}: its labels, exits, heads or window differ; pool runs of one kind")
-        own = train.look_at(choose_clips(checkpoint, split, source))
-        unknown = {clip.label for clip in own} - set(model.labels)
+        chosen = choose_clips(checkpoint, split, source)
+        unknown = {clip.label for clip in chosen} - set(model.labels)
         if unknown:
             raise ValueError(f"{checkpoint}: knows {', '.join(model.labels)}, not {', '.join(sorted(unknown))}")
         kinds.append(kind)
-        clips += own
-        run += [i] * len(own)
-        logits.append(train.predict(model, own))
-    return Scored(model, clips, np.array(run), torch.cat(logits, 1))
+        clips += chosen
+        run += [i] * len(chosen)
+        logits.append(train.predict(model, chosen))
+    return Scored(model, clips, torch.tensor(run), torch.cat(logits, 1))
 
 
 def choose_clips(checkpoint: str, split: str | None, source: str | None) -> list[train.Clip]:
-    """The run's own clips, as split.csv lists them or as they lie in `source`, or else those of another corpus.
+    """Returns the run's own clips of a split, as its split.csv lists them, or else the clips of another corpus.
 
-    Where they have splits, those of one split: clips that were trained on are never scored by mistake.
+    Clips that were trained on are never scored by mistake: a corpus that has splits gives its test split, and one that
+    looks like the run's own is refused.
     """
     listed = os.path.join(checkpoint, "split.csv")
     if source is None and not os.path.isfile(listed):
         raise FileNotFoundError(f"{checkpoint}: holds no split.csv, so its clips are unknown; name a corpus by --data")
     clips = train.load_corpus(listed if source is None else source)
-    if source is not None and os.path.isfile(listed):
-        own = train.find_again(train.load_corpus(listed), clips)
-        if own and len(own) < len(clips):
-            others = len(clips) - len(own)
-            warnings.warn(f"{source}: {others} clips that are not {checkpoint}'s are not scored", stacklevel=2)
-        clips = own or clips
-    if split is None and any(clip.split for clip in clips):
-        split = "test"
+    has_splits = any(clip.split for clip in clips)
+    if source is not None and not has_splits and os.path.isfile(listed):
+        ours = set(map(name_and_label, train.load_corpus(listed)))
+        shared = sum(name_and_label(clip) in ours for clip in clips)
+        if shared > len(clips) / 3:
+            raise ValueError(f"{source}: {shared} of its {len(clips)} clips have names and labels of {listed}, so it "
+                             "looks like the run's own corpus: leave --data out; if it really is another, list it in "
+                             "a manifest with a column split")  # fmt: skip
+    split = split or ("test" if has_splits else None)
     if split:
         clips = [clip for clip in clips if clip.split == split]
     if not clips:
         raise ValueError(f"{source or checkpoint}: has no clips in the split {split}")
-    return clips
+    return train.look_at(clips, train.if_moved(listed)) if source is None else train.look_at(clips)
 
 
-def bootstrap(targets, predictions, units, num_classes: int) -> np.ndarray:
-    """UARs (rows, DRAWS) of `predictions` (rows, N), each from as many units as there are, drawn with replacement.
+def name_and_label(clip: train.Clip) -> tuple[str, str]:
+    """Tells clips apart wherever they lie: PureWindowsPath takes both kinds of slash for separators."""
+    return PureWindowsPath(clip.path).stem, clip.label
 
-    A speaker is drawn with all their clips, which are not independent. Calls on the same speakers are paired.
+
+def bootstrap(targets: torch.Tensor, logits: torch.Tensor, units: np.ndarray) -> np.ndarray:
+    """Returns the metric (rows, DRAWS) of logits (rows, N, C), each time for as many units as there are.
+
+    Units are drawn with replacement: a speaker with all their clips, which are not independent. Two calls on the same
+    units draw the same, so that their differences are paired.
     """
     names, unit = np.unique(units, return_inverse=True)
-    cells = unit * num_classes + targets  # a cell per unit and class
-    size = len(names) * num_classes
-    total = np.bincount(cells, minlength=size).reshape(len(names), num_classes)
-    hits = np.stack([np.bincount(cells, row == targets, size).reshape(total.shape) for row in predictions])
-    rng, uars = np.random.default_rng(0), []
+    clips_of = [torch.from_numpy(np.flatnonzero(unit == i)) for i in range(len(names))]
+    rng, values = np.random.default_rng(0), []
     for _ in range(DRAWS):
-        weight = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
-        drawn = weight @ total  # (C,)
-        uars.append((weight @ hits / np.maximum(drawn, 1)).sum(-1) / (drawn > 0).sum())  # (rows,)
-    return np.stack(uars, -1)
+        drawn = torch.cat([clips_of[i] for i in rng.integers(len(names), size=len(names))])
+        values.append([sdser.scores(targets[drawn], row[drawn])[sdser.METRIC] for row in logits])
+    return np.array(values).T
+
+
+def interval(draws: np.ndarray) -> list[float]:
+    """Returns the 95 % interval of draws (DRAWS,)."""
+    return np.percentile(draws, [2.5, 97.5]).tolist()
 
 
 def compare(ours: Scored, theirs: Scored) -> list[dict]:
-    """The paired difference in UAR, ours minus theirs, at each exit that both have, and of fusion if both fuse."""
-    predictions, others, rows = predict_rows(ours), predict_rows(theirs), []
-    shared = [exit for exit in predictions if exit in others]
+    """Returns the paired difference, ours minus theirs, at each exit that both have, and of fusion if both fuse."""
+    rows_of_ours, rows_of_theirs = answers(ours), answers(theirs)
+    shared = [exit for exit in rows_of_ours if exit in rows_of_theirs]
     same = {clip.path for clip in ours.clips} == {clip.path for clip in theirs.clips}
     if not same or ours.model.labels != theirs.model.labels or not shared:
         raise ValueError("--against: give runs scored on the same clips, with the same labels and some exit in common")
-    for exit in shared:
-        uars, draws = [], []
-        for scored, answers in ((ours, predictions[exit]), (theirs, others[exit])):
-            uars.append(sdser.unweighted_average_recall(scored.targets, answers, len(scored.model.labels)))
-            draws.append(bootstrap(scored.targets, answers[None], scored.units, len(scored.model.labels))[0])
-        interval = np.percentile(draws[0] - draws[1], [2.5, 97.5]).tolist()
-        rows.append({"exit": exit, "difference": uars[0] - uars[1], "ci95": interval})
+    values, draws = [], []
+    for scored, rows in ((ours, rows_of_ours), (theirs, rows_of_theirs)):
+        logits = torch.stack([rows[exit] for exit in shared])
+        values.append([sdser.scores(scored.targets, row)[sdser.METRIC] for row in logits])
+        draws.append(bootstrap(scored.targets, logits, scored.units))
+    rows = []
+    for i, exit in enumerate(shared):
+        difference = values[0][i] - values[1][i]
+        rows.append({"exit": exit, "difference": difference, "ci95": interval(draws[0][i] - draws[1][i])})
     return rows
 
 
 # -- early exit, and cost ---------------------------------------------------------------------------------------------
-def exit_index(logits: torch.Tensor, thresholds) -> np.ndarray:
-    """The index of the exit (N,) at which each clip leaves, from logits (exits, N, C) and a threshold for each clip."""
-    certain = logits.softmax(-1).amax(-1).numpy() >= thresholds  # (exits, N)
-    certain[-1] = True
-    return certain.argmax(0)
+def exit_index(logits: torch.Tensor, thresholds: float | torch.Tensor) -> torch.Tensor:
+    """Returns the index of the exit (N,) at which each clip leaves; logits: (exits, N, C); thresholds: one or (N,)."""
+    stops = torch.stack([sdser.should_stop(logits[: i + 1], thresholds) for i in range(len(logits))])  # (exits, N)
+    stops[-1] = True
+    return stops.int().argmax(0)  # the first that stops
 
 
-def early_predictions(logits: torch.Tensor, thresholds) -> np.ndarray:
-    """The class (N,) that each clip gets where it leaves."""
-    return logits.argmax(-1).numpy()[exit_index(logits, thresholds), np.arange(logits.shape[1])]
+def early_logits(logits: torch.Tensor, thresholds: float | torch.Tensor) -> torch.Tensor:
+    """Returns each clip's logits (N, C) from the exit at which it leaves."""
+    return logits[exit_index(logits, thresholds), torch.arange(logits.shape[1])]
+
+
+def lowest_threshold(targets: torch.Tensor, logits: torch.Tensor, tolerance: float) -> float:
+    """Returns the lowest threshold, and so the cheapest, whose metric is within the tolerance of the deepest exit's."""
+    deepest = sdser.scores(targets, logits[-1])[sdser.METRIC]
+    for threshold in THRESHOLDS:
+        if sdser.scores(targets, early_logits(logits, threshold))[sdser.METRIC] >= deepest - tolerance:
+            return threshold
+    raise ValueError(f"at no threshold is dev within {tolerance} of the deepest exit; give a larger --tolerance")
 
 
 def calibrate(checkpoints: list[str], args) -> list[float]:
-    """Each run's lowest threshold, and so its cheapest, whose UAR on dev is within the tolerance of the deepest exit's.
+    """Chooses each run's threshold on its dev clips and keeps it in its config.json.
 
-    It is kept in config.json. Where a run has no dev clips, the list is empty and standard error says why.
+    Returns an empty list, and warns, if a run has no dev clips or no threshold is good enough.
     """
     try:
         dev = load_and_score(checkpoints, "dev", None, args.device)
-    except (OSError, ValueError) as error:  # --final trains on them; a Hub model has none
+        runs = [dev.run == i for i in range(len(checkpoints))]
+        chosen = [lowest_threshold(dev.targets[run], dev.logits[:, run], args.tolerance) for run in runs]
+    except (OSError, ValueError) as error:  # --final trains on dev; a Hub model has none
         warnings.warn(f"early exit is not calibrated: {error}", stacklevel=2)
         return []
-    chosen, classes = [], len(dev.model.labels)
-    for i, checkpoint in enumerate(checkpoints):
-        logits, targets = dev.logits[:, dev.run == i], dev.targets[dev.run == i]
-        deepest = sdser.unweighted_average_recall(targets, logits[-1].argmax(-1), classes)
-        for threshold in THRESHOLDS.tolist():
-            uar = sdser.unweighted_average_recall(targets, early_predictions(logits, threshold), classes)
-            if uar >= deepest - args.tolerance:
-                break
-        chosen.append(threshold)
-        if train.RANK == 0:
-            path = Path(checkpoint, "config.json")
-            try:
-                config = {**json.loads(path.read_text()), "threshold": threshold}
-                sdser.replace_file(path, json.dumps(config, indent=2))
-            except ValueError as error:
-                warnings.warn(f"the threshold is not kept: {error}", stacklevel=2)
+    for checkpoint, threshold in zip(checkpoints, chosen if train.RANK == 0 else []):
+        path = Path(checkpoint, "config.json")
+        try:
+            config = {**json.loads(path.read_text()), "threshold": threshold}
+            sdser.replace_file(path, json.dumps(config, indent=2))
+        except ValueError as error:
+            warnings.warn(f"the threshold is not kept: {error}", stacklevel=2)
     return chosen
 
 
 @torch.no_grad()
 def count_macs(model: sdser.MultiExitSER, samples: int, exit: int, heads_on_the_way: bool = False) -> int:
-    """Multiply-accumulates of the matrix products and convolutions that answer for one clip at an exit.
+    """Counts the multiply-accumulates of the matrix products and convolutions that answer for one clip at an exit.
 
     samples: the clip's length at 16 kHz, not tiled yet. heads_on_the_way: with the shallower exits' heads.
     """
@@ -215,81 +229,89 @@ def count_macs(model: sdser.MultiExitSER, samples: int, exit: int, heads_on_the_
 
 
 def count_parameters(model: sdser.MultiExitSER, exits: list[int]) -> int:
-    """Parameters of the heads at some exits, shallow to deep, and of the backbone up to the last of them."""
-    parts = [model.backbone, *(model.heads[str(k)] for k in exits)]
-    total = sum(p.numel() for part in parts for p in part.parameters())
-    return total - sum(p.numel() for p in model.backbone.encoder.layers[exits[-1] :].parameters())
+    """Counts the parameters of a model that has only these exits, and only the layers that they need."""
+    heads = [model.head_kinds[model.exits.index(k)] for k in exits]
+    with torch.device("meta"):  # shapes without memory
+        small = sdser.MultiExitSER(model.labels, model.backbone.config.to_dict(), exits, heads)
+    return sum(p.numel() for p in small.parameters())
 
 
 # -- the report, and plots --------------------------------------------------------------------------------------------
-def predict_rows(scored: Scored, thresholds=None) -> dict:
-    """What the table has a row for -> the class (N,) that it gives each clip: exits, fusion, early exit."""
-    rows = dict(zip(scored.model.exits, scored.logits.argmax(-1).numpy()))
+class Cost(NamedTuple):
+    """What a row of the table costs: the mean over the clips, each as long as the mean clip."""
+
+    layers: float
+    parameters: int
+    macs_per_second: float  # of audio
+
+
+def answers(scored: Scored, thresholds: torch.Tensor | None = None) -> dict[int | str, torch.Tensor]:
+    """Returns the logits (N, C) of each row of the table: the exits, fusion and, given thresholds, early exit."""
+    rows = dict(zip(scored.model.exits, scored.logits))
     if len(scored.logits) > 2:
-        rows["fusion"] = sdser.fuse(scored.logits[:-1]).argmax(-1).numpy()  # of the students
+        rows["fusion"] = sdser.fuse(scored.logits[:-1])  # of the students
     if thresholds is not None:
-        rows["early exit"] = early_predictions(scored.logits, thresholds)
+        rows["early exit"] = early_logits(scored.logits, thresholds)
     return rows
 
 
 def evaluate(args) -> tuple[dict, list[tuple[float, float]]]:
-    """Everything about the checkpoints, as it goes into the JSON; and early exit's cost and UAR at each threshold."""
+    """Returns all about the checkpoints, as it goes into the JSON, and early exit's cost and metric per threshold."""
     scored = load_and_score(args.checkpoints, args.split, args.data, args.device)
     chosen = calibrate(args.checkpoints, args)
     model, clips, targets = scored.model, scored.clips, scored.targets
     exits, labels = model.exits, model.labels
-    thresholds = np.array(chosen)[scored.run] if chosen else None  # (N,)
-    left = exit_index(scored.logits, thresholds) if chosen else None  # (N,)
+    thresholds = torch.tensor(chosen)[scored.run] if chosen else None  # (N,), of each clip's run
 
-    # Costs are those of a clip of the mean length.
     seconds = float(np.mean([clip.seconds for clip in clips]))
     samples = round(seconds * sdser.SAMPLE_RATE)
-    alone = np.array([count_macs(model, samples, k) for k in exits]) / seconds
-    on_the_way = np.array([count_macs(model, samples, k, True) for k in exits]) / seconds
-    costs = {k: (k, [k], macs) for k, macs in zip(exits, alone)}  # layers, heads in use, multiply-accumulates
+    alone = [count_macs(model, samples, k) / seconds for k in exits]
+    on_the_way = np.array([count_macs(model, samples, k, heads_on_the_way=True) for k in exits]) / seconds
+    costs = {k: Cost(k, count_parameters(model, [k]), macs) for k, macs in zip(exits, alone)}
     if len(exits) > 2:
-        costs["fusion"] = (exits[-2], exits[:-1], on_the_way[-2])
+        costs["fusion"] = Cost(exits[-2], count_parameters(model, exits[:-1]), on_the_way[-2])
     if chosen:
-        costs["early exit"] = (float(np.array(exits)[left].mean()), exits, on_the_way[left].mean())
+        left = exit_index(scored.logits, thresholds).numpy()  # (N,)
+        layers, macs = np.array(exits)[left].mean(), on_the_way[left].mean()
+        costs["early exit"] = Cost(layers, count_parameters(model, exits), macs)
 
-    predictions, rows = predict_rows(scored, thresholds), []
-    draws = bootstrap(targets, list(predictions.values()), scored.units, len(labels))
-    for (exit, answers), uars in zip(predictions.items(), draws):
-        confusion = sdser.confusion_matrix(targets, answers, len(labels))
+    logits_of = answers(scored, thresholds)
+    draws = bootstrap(targets, torch.stack(list(logits_of.values())), scored.units)
+    rows = []
+    for (exit, logits), row_draws in zip(logits_of.items(), draws):
+        confusion = sdser.confusion_matrix(targets, logits.argmax(-1), len(labels))
         counts = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist())
         recall = dict(zip(labels, [hits / total if total else None for hits, total in counts]))
-        interval = np.percentile(uars, [2.5, 97.5]).tolist()
-        layers, heads, macs = costs[exit]
-        rows.append({"exit": exit, **sdser.scores(targets, answers, len(labels)), "uar_ci95": interval,
-                     "recall": recall, "confusion": confusion.tolist(), "layers": layers,
-                     "parameters": count_parameters(model, heads), "macs_per_second": macs})  # fmt: skip
+        rows.append({"exit": exit, **sdser.scores(targets, logits), f"{sdser.METRIC}_ci95": interval(row_draws),
+                     "recall": recall, "confusion": confusion.tolist(), **costs[exit]._asdict()})  # fmt: skip
     speakers = {clip.speaker for clip in clips}
     results = {"labels": labels, "checkpoints": args.checkpoints, "split": args.split or clips[0].split or "all",
                "clips": len(clips), "speakers": None if None in speakers else len(speakers),
-               "chance": 1 / len(set(targets)), "rows": rows, "thresholds": chosen}  # fmt: skip
+               "chance": 1 / len({clip.label for clip in clips}), "rows": rows, "thresholds": chosen}  # fmt: skip
     curve = []
     if chosen:
         results["exit_share"] = {str(k): float((left == i).mean()) for i, k in enumerate(exits)}
-        results["mean_layers"] = costs["early exit"][0]
+        results["mean_layers"] = costs["early exit"].layers
         for threshold in THRESHOLDS:
-            uar = sdser.unweighted_average_recall(targets, early_predictions(scored.logits, threshold), len(labels))
-            curve.append((on_the_way[exit_index(scored.logits, threshold)].mean() / 1e9, uar))
+            value = sdser.scores(targets, early_logits(scored.logits, threshold))[sdser.METRIC]
+            curve.append((on_the_way[exit_index(scored.logits, threshold)].mean() / 1e9, value))
     if args.against:
         results["against"] = compare(scored, load_and_score(args.against, args.split, args.data, args.device))
     return results, curve
 
 
 def report(results: dict, args) -> None:
-    """The tables a person wants."""
+    """Prints the result tables."""
     labels, rows = results["labels"], results["rows"]
     exits = [row["exit"] for row in rows if isinstance(row["exit"], int)]
     print(f"{', '.join(args.checkpoints)} on {args.data or 'its own clips'}: {results['split']}\n")
-    print("exit          layers  params M  GMAC/s    UAR  95 % interval   accuracy  macro F1")
+    metric = sdser.METRIC.upper()
+    print(f"exit          layers  params M  GMAC/s  {metric:>5}  95 % interval   accuracy  macro F1")
     for row in rows:
         name = f"{row['exit']} (teacher)" if row["exit"] == exits[-1] and len(exits) > 1 else str(row["exit"])
-        low, high = row["uar_ci95"]
+        low, high = row[f"{sdser.METRIC}_ci95"]
         cost = f"{row['layers']:6.3g}  {row['parameters'] / 1e6:8.2f}  {row['macs_per_second'] / 1e9:6.2f}"
-        worth = f"{row['uar']:.3f}  {low:.3f} to {high:.3f}  {row['accuracy']:8.3f}  {row['macro_f1']:8.3f}"
+        worth = f"{row[sdser.METRIC]:.3f}  {low:.3f} to {high:.3f}  {row['accuracy']:8.3f}  {row['macro_f1']:8.3f}"
         print(f"{name:12}  {cost}  {worth}")
     speakers = "unknown speakers (so the intervals are too narrow)"
     if results["speakers"]:
@@ -299,7 +321,7 @@ def report(results: dict, args) -> None:
     if results["thresholds"]:
         leaves = ", ".join(f"{100 * share:.0f} % at exit {k}" for k, share in results["exit_share"].items())
         chosen = ", ".join(map(str, results["thresholds"]))
-        print(f"early exit at confidence {chosen}, the lowest whose UAR on dev is within {args.tolerance} of exit "
+        print(f"early exit at confidence {chosen}, the lowest whose {metric} on dev is within {args.tolerance} of exit "
               f"{exits[-1]}'s, kept in config.json: {leaves}")  # fmt: skip
 
     print("\nrecall      " + "".join(f"{label[:10]:>11}" for label in labels))
@@ -307,7 +329,7 @@ def report(results: dict, args) -> None:
         recalls = [f"{'-':>11}" if recall is None else f"{recall:11.3f}" for recall in row["recall"].values()]
         print(f"{row['exit']!s:12}" + "".join(recalls))
     if args.against:
-        print(f"\ndifference in UAR to {', '.join(args.against)}, paired, with 95 % interval")
+        print(f"\ndifference in {metric} to {', '.join(args.against)}, paired, with 95 % interval")
         for row in results["against"]:
             print(f"  {row['exit']!s:8} {row['difference']:+.3f}  {row['ci95'][0]:+.3f} to {row['ci95'][1]:+.3f}")
 
@@ -318,16 +340,17 @@ def plot(results: dict, curve: list[tuple[float, float]], folder: str) -> None:
     exits = [row for row in results["rows"] if isinstance(row["exit"], int)]
     figure, axes = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
     for row in results["rows"]:
-        cost, uar = row["macs_per_second"] / 1e9, row["uar"]
-        error = np.abs(np.array([row["uar_ci95"]]).T - uar)
+        cost, value = row["macs_per_second"] / 1e9, row[sdser.METRIC]
+        error = np.abs(np.array([row[f"{sdser.METRIC}_ci95"]]).T - value)
         if row in exits:
-            axes.errorbar(cost, uar, error, fmt="o", color="black", capsize=3)
-            axes.annotate(f"exit {row['exit']}", (cost, uar), (-5, 6), textcoords="offset points", ha="right")
+            axes.errorbar(cost, value, error, fmt="o", color="black", capsize=3)
+            axes.annotate(f"exit {row['exit']}", (cost, value), (-5, 6), textcoords="offset points", ha="right")
         elif row["exit"] == "early exit":
-            axes.plot(cost, uar, "*", color="black", markersize=12, label="early exit, threshold chosen on dev")
+            axes.plot(cost, value, "*", color="black", markersize=12, label="early exit, threshold chosen on dev")
             axes.plot(*np.array(curve).T, "-", color="gray", zorder=0, label="early exit, all thresholds")
     axes.axhline(results["chance"], color="gray", linestyle=":", label="chance")
-    axes.set(xlabel="GMAC per second of audio", ylabel="UAR (95 % interval)", xlim=(0, None), ylim=(0, 1))
+    axes.set(xlabel="GMAC per second of audio", xlim=(0, None))
+    axes.set(ylabel=f"{sdser.METRIC.upper()} (95 % interval)", ylim=(0, 1))
     axes.legend(loc="lower right", fontsize="small")
     save_figure(figure, Path(folder, "uar_against_cost.png"))
 
@@ -362,7 +385,7 @@ def save_figure(figure, path) -> None:
 
 # -- classifying files ------------------------------------------------------------------------------------------------
 def classify_files(args) -> int:
-    """A line per file as soon as it is known; returns the exit status, 2 if a file could not be read."""
+    """Prints a line per file as soon as it is known; returns the exit status, 2 if a file could not be read."""
     model = sdser.MultiExitSER.from_pretrained(args.checkpoints[0]).to(args.device)
     threshold = args.threshold
     if threshold is None and args.exit is None:

@@ -8,10 +8,10 @@ Self-distillation", ICASSP 2023, arXiv 2210.14636. Here "the paper's" means what
 First the method, then what it needs:
 
     the exits         ExitHead, ExitOutput: hidden states of one layer -> logits and embedding
-    the loss          self_distillation_loss; and fuse, which lets the exit with the largest margin decide
+    the loss          self_distillation_loss; fuse, in which the exit with the largest margin decides; should_stop
     the model         MultiExitSER: forward, early_exit; classify, truncate, saving and loading
     padding           what keeps a padded batch exact; SpecAugment's time mask
-    the backbone      load_backbone; audio: load_audio; metrics: unweighted_average_recall; files
+    the backbone      load_backbone; audio: load_audio; metrics: scores; files
 
 Shapes: B clips, T samples or frames, D features, C classes. Waveforms are float32 at 16 kHz; a frame is 20 ms.
 """
@@ -36,14 +36,10 @@ import transformers
 from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.utils import cached_file
 
 SAMPLE_RATE = 16_000
-MAX_SECONDS = 60  # of a clip to classify: attention's memory grows with the square of the length
-MIN_SAMPLES = 400  # one frame of the convolutional encoder, 25 ms
 HEADS = ("gru", "lstm", "attention", "mean")
 HUB = dict(library_name="sdser", paper_url="https://arxiv.org/abs/2210.14636", pipeline_tag="audio-classification")
-ARGUMENTS = ("labels", "backbone", "exits", "head", "tile_seconds", "threshold")  # of MultiExitSER, in config.json
 
 
 # -- the exits ---------------------------------------------------------------------------------------------------------
@@ -73,7 +69,7 @@ class ExitHead(nn.Module):
     def forward(self, hidden: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """hidden: (B, T, D); valid: (B, T) bool, None if every frame is valid -> logits (B, C), embedding (B, D)."""
         if self.kind in ("gru", "lstm"):
-            # padding comes after the clip, so what runs forward in time never sees it
+            # padding comes after the clip, so a network that runs forward in time never sees it
             hidden = F.selu(self.norm(self.rnn(hidden)[0]))  # (B, T, D)
         if self.kind == "attention":
             score = self.score(hidden).squeeze(-1)  # (B, T)
@@ -92,7 +88,7 @@ class ExitOutput(NamedTuple):
     embedding: Tensor  # (B, D)
 
 
-# -- the loss, and fusion ----------------------------------------------------------------------------------------------
+# -- the loss, fusion, and the stop rule -------------------------------------------------------------------------------
 def self_distillation_loss(
     outputs: list[ExitOutput],
     targets: Tensor,
@@ -109,7 +105,7 @@ def self_distillation_loss(
     S are the shallow exits (students), d the deepest (teacher), z logits, f embeddings.
 
     Args:
-        outputs: what the model returned, shallow to deep; one alone has no students and gives CE(z_d, y).
+        outputs: what the model returned, shallow to deep; a single exit has no students, and its loss is CE(z_d, y).
         targets: (B,) int64 class indices y.
         kl_weight: α, for the teacher's probabilities (Hinton et al., 2015); at 0 the term is not computed.
         hint_weight: β, for the teacher's embedding, the hint (FitNets, Romero et al., 2015); at 0 it is not computed.
@@ -118,8 +114,8 @@ def self_distillation_loss(
             train the layers that the teacher shares with the students.
         class_weights: (C,) float, per class, for the cross-entropy at every exit; None means 1.
     Returns:
-        the loss, a scalar, and its parts by name, detached scalars, unweighted and averaged over students: ce (the
-        teacher's), ce_students, kl, hint.
+        the loss, a scalar, averaged over the batch (a sum divided by B), and its parts by name, detached scalars,
+        unweighted and averaged over students: ce (the teacher's), ce_students, kl, hint.
     """
     *students, teacher = outputs
     teacher_logits, teacher_embedding = teacher.logits, teacher.embedding
@@ -147,12 +143,20 @@ def self_distillation_loss(
 def fuse(outputs: list[ExitOutput] | Tensor) -> Tensor:
     """The logits (B, C) of each clip's exit with the largest margin, top-1 minus top-2.
 
-    outputs: the exits that take part, or their logits (exits, B, C). In the paper they are the students alone:
+    outputs: the exits that take part, or their logits (exits, B, C). In the paper they are only the students:
     `fuse(outputs[:-1])`.
     """
     logits = outputs if isinstance(outputs, Tensor) else torch.stack([output.logits for output in outputs])
     first, second = logits.topk(2, dim=-1).values.unbind(-1)  # (exits, B) each
     return logits[(first - second).argmax(0), torch.arange(logits.shape[1], device=logits.device)]
+
+
+def should_stop(logits: Tensor, threshold: float | Tensor) -> Tensor:
+    """The stop rule of early exit: tells which clips, (B,) bool, leave at the last of the exits that have run.
+
+    logits: (exits so far, B, C). A clip leaves when the last exit's top probability reaches the threshold.
+    """
+    return logits[-1].softmax(-1).amax(-1) >= threshold
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -296,10 +300,10 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
 
     @torch.no_grad()
     def early_exit(self, waveforms: Tensor, lengths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
-        """Runs layer by layer; a clip leaves at the first exit whose top probability reaches the threshold.
+        """Runs layer by layer; a clip leaves at the first exit where `should_stop` says so.
 
-        The deepest exit answers for those that stay to the end. Clips that have left are dropped from the batch, and
-        the rest is trimmed to the longest that stays: no layer runs unless an answer needs it.
+        The deepest exit answers for the clips that stay to the end. Clips that have left are dropped from the batch,
+        and the rest is trimmed to the longest that stays: no layer runs unless an answer needs it.
 
         Args:
             waveforms, lengths: as in `forward`.
@@ -314,14 +318,16 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         logits = frames.hidden.new_empty(len(waveforms), len(self.labels), dtype=torch.float32)
         active = torch.arange(len(waveforms), device=logits.device)  # the clips still in the batch
         used = torch.empty_like(active)
+        seen = logits.new_empty(0, *logits.shape)  # of the exits so far, for the clips still in the batch
         for previous, k in zip([0, *self.exits], self.exits):
             frames = self.run_layers(frames, previous, k)
-            output = self.read_exit(k, frames)
-            logits[active], used[active] = output.logits.float(), k
-            stay = output.logits.float().softmax(-1).amax(-1) < threshold  # (B still active,)
+            answer = self.read_exit(k, frames).logits.float()
+            logits[active], used[active] = answer, k
+            seen = torch.cat([seen, answer[None]])
+            stay = ~should_stop(seen, threshold)  # (clips still in the batch,)
             if not stay.any():
                 break
-            active, frames = active[stay], keep_clips(frames, stay)
+            active, frames, seen = active[stay], keep_clips(frames, stay), seen[:, stay]
         return logits, used
 
     # -- answers, smaller models, files ---------------------------------------------------------------------------
@@ -369,7 +375,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         return predictions
 
     def truncate(self, exit: int) -> "MultiExitSER":
-        """A separate model of `exit` layers with that one exit; its weights are copies, its logits are equal."""
+        """Returns a model of `exit` layers with only that exit, whose weights are copies and whose logits are equal."""
         head = self.head_kinds[self.exits.index(self.check_exit(exit))]
         backbone = self.backbone.config.to_dict()
         small = MultiExitSER(self.labels, backbone, [exit], [head], self.tile_seconds)
@@ -377,6 +383,10 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         weights = self.state_dict()
         small.load_state_dict({name: weights[name] for name in small.state_dict()})
         return small.train(self.training)
+
+    def freeze_convolutions(self) -> None:
+        """Keeps the convolutional encoder as it is in training; everything else stays as trainable as it was."""
+        self.backbone.feature_extractor.requires_grad_(False)
 
     def save_pretrained(self, folder, model_card_kwargs: dict | None = None, **_) -> None:
         """Writes model.safetensors and config.json, the Hub's convention, each whole or not at all.
@@ -408,9 +418,10 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         with file_errors(checkpoint, "not a whole sdser checkpoint", "give a folder written by train.py"):
             saved = json.loads(Path(folder, "config.json").read_text())
             with torch.device("meta"):  # no memory yet: a damaged config may ask for terabytes
-                model = cls(**{name: saved[name] for name in ARGUMENTS})
+                names = ("labels", "backbone", "exits", "head", "tile_seconds", "threshold")
+                model = cls(**{name: saved[name] for name in names})
             weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
-            # copied: where a file's tensors lie in memory changes how sums are rounded
+            # copied, because tensor alignment affects rounding
             weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
             model.load_state_dict(weights, assign=True)
         return model.eval()
@@ -432,6 +443,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
 
     @staticmethod
     def check_batch(waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
+        """Raises ValueError for what is no batch; returns the lengths, or None if no clip is padded."""
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
             raise ValueError(f"waveforms must be a (B, T) float tensor, not {waveforms.dtype} {tuple(waveforms.shape)}")
         shortest = longest = size = waveforms.shape[1]
@@ -466,20 +478,21 @@ class Prediction(NamedTuple):
 
 # Padding could leak wherever frames mix: in the normalisation of the waveform, in the norm over time after the first
 # convolution of "base" models, in the position convolution, in attention, and where an exit pools. Each of these looks
-# at a clip's own frames alone. Nothing else mixes them: convolutions 2 to 7 pad nothing, so a clip's first frames, as
+# only at a clip's own frames. Nothing else mixes them: convolutions 2 to 7 pad nothing, so a clip's first frames, as
 # many as its length gives, come from its own samples, and all other norms are per frame. Where no clip of a batch is
 # padded, lengths and `valid` are None, and the masks cost nothing.
 
 
 def valid_mask(lengths: Tensor, size: int) -> Tensor:
-    """(B,) lengths -> (B, size) bool, true where a position holds data rather than padding."""
+    """Turns lengths (B,) into a mask (B, size) bool, true where a position holds data rather than padding."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
 def standardize(waveforms: Tensor, valid: Tensor | None) -> Tensor:
-    """Zero mean and unit variance over each clip's valid samples; zero elsewhere; as `Wav2Vec2FeatureExtractor` does.
+    """Gives each clip zero mean and unit variance over its valid samples, as `Wav2Vec2FeatureExtractor` does.
 
-    waveforms: (B, T); valid: (B, T) bool, or None where all is valid. Padding may hold anything, NaN included.
+    waveforms: (B, T); valid: (B, T) bool, or None if all samples are valid. Padding, which may hold anything, NaN
+    included, becomes zero.
     """
     if valid is None:
         variance, mean = torch.var_mean(waveforms, -1, correction=0, keepdim=True)  # (B, 1)
@@ -491,13 +504,16 @@ def standardize(waveforms: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def normalize_each(norm: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
-    """A norm over time, of each clip's own frames alone; zeros behind them. x: (B, channels, T); lengths: (B,)."""
+    """Applies a norm over time to only the frames of each clip, zero-padded at the end.
+
+    x: (B, channels, T); lengths: (B,) in frames.
+    """
     clips = [norm(clip[..., :length]) for clip, length in zip(x.split(1), lengths.tolist())]
     return torch.cat([F.pad(clip, (0, x.shape[-1] - clip.shape[-1])) for clip in clips])
 
 
 def keep_clips(frames: Frames, clips: Tensor) -> Frames:
-    """The frames of some of the clips, (B,) bool, without the padding that only the others needed."""
+    """Returns the frames of some of the clips, (B,) bool, without the padding that only the others needed."""
     hidden, valid, bias = frames.hidden[clips], frames.valid, frames.position_bias
     if bias is not None:
         bias = bias.unflatten(0, (len(clips), -1))[clips].flatten(0, 1)
@@ -509,22 +525,28 @@ def keep_clips(frames: Frames, clips: Tensor) -> Frames:
 
 
 def sample_time_mask(config: transformers.PretrainedConfig, hidden: Tensor, valid: Tensor | None) -> Tensor:
-    """SpecAugment's time mask (Park et al., 2019): (B, T) bool, true in random spans of frames.
+    """Draws SpecAugment's time mask (Park et al., 2019): (B, T) bool, true in random spans of frames.
 
-    The config's mask_time_* say how many and how long; in short clips they are shorter and cover half of it at most.
+    The config's mask_time_prob is the share of frames to mask (spans may overlap, so it is a little less),
+    mask_time_length the length of a span, mask_time_min_masks the least number of spans. In short clips, spans are
+    shorter, so that at most half of the clip is masked.
     """
+    # An example: a clip of 500 frames with wav2vec2-base's 0.05, 10 and 2. A span has min(500 // 4, 10) = 10 frames;
+    # there are 0.05 * 500 / 10 = 2.5 on average, so 2 or 3; each starts at a random frame from 0 to 490. A clip of 20
+    # frames gets the least number, 2, of spans of 20 // 4 = 5 frames.
     (batch, size, _), device = hidden.shape, hidden.device
-    lengths = valid.sum(1) if valid is not None else torch.full((batch,), size, device=device)  # (B,) in frames
+    num_frames = valid.sum(1) if valid is not None else torch.full((batch,), size, device=device)  # (B,)
     least = config.mask_time_min_masks
-    span = (lengths // (2 * max(1, least))).clamp(max=config.mask_time_length)  # (B,) frames of a span
-    count = config.mask_time_prob * lengths / span.clamp(min=1) + torch.rand(batch, device=device)
-    count = count.floor().clamp(min=least)  # (B,) spans of each clip
-    most = max(least, 1 + int(config.mask_time_prob * size))  # S: no clip has more spans
-    start = (torch.rand(batch, most, device=device) * (lengths - span + 1)[:, None]).long()  # (B, S)
+    span_length = (num_frames // (2 * max(1, least))).clamp(max=config.mask_time_length)  # (B,)
+    mean_spans = config.mask_time_prob * num_frames / span_length.clamp(min=1)  # (B,)
+    num_spans = (mean_spans + torch.rand(batch, device=device)).floor().clamp(min=least)  # (B,)
+    most = max(least, 1 + int(config.mask_time_prob * size))  # S: no clip has more spans, and only some have all S
+    start = (torch.rand(batch, most, device=device) * (num_frames - span_length + 1)[:, None]).long()  # (B, S)
+    end = start + span_length[:, None]
     t = torch.arange(size, device=device)
-    masked = (t >= start[..., None]) & (t < (start + span[:, None])[..., None])  # (B, S, T)
-    used = torch.arange(most, device=device) < count[:, None]  # (B, S)
-    return (masked & used[..., None]).any(1)
+    in_span = (t >= start[..., None]) & (t < end[..., None])  # (B, S, T)
+    is_used = torch.arange(most, device=device) < num_spans[:, None]  # (B, S)
+    return (in_span & is_used[..., None]).any(1)
 
 
 # -- the backbone: convolutional encoder and transformer, from `transformers` -----------------------------------------
@@ -567,16 +589,30 @@ def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
         backbone = os.fspath(backbone)
         problem = f"not a built-in size ({', '.join(SIZES)}), a folder of transformers, or a Hub model within reach"
         with file_errors(backbone, problem, "give one"):
-            if "/" not in backbone and not os.path.isdir(backbone):  # a slip of the pen: do not ask the Hub
+            if "/" not in backbone and not os.path.isdir(backbone):  # probably a typo: do not ask the Hub
                 raise FileNotFoundError("no such folder")
             config, _ = transformers.PretrainedConfig.get_config_dict(backbone)
-            found = cached_file(backbone, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-            if found:
-                config["do_normalize"] = json.loads(Path(found).read_text()).get("do_normalize", True)
+            if {"labels", "exits", "backbone"} <= config.keys():
+                advice = "MultiExitSER.from_pretrained(RUN).backbone.save_pretrained(FOLDER) makes a backbone of it"
+                raise ValueError(f"{backbone}: is a run of sdser; {advice}")
+            if "do_normalize" not in config:
+                config["do_normalize"] = reads_normalized(backbone)
     if config.get("model_type") not in ("wav2vec2", "hubert", "wavlm") or config.get("conv_pos_batch_norm"):
         raise ValueError(f"{backbone}: give a wav2vec2, hubert or wavlm without batch norm in its position convolution")
     with file_errors(backbone, "its configuration cannot be read", "save it again"):
         return transformers.AutoConfig.for_model(**{"do_normalize": True, **config})
+
+
+def reads_normalized(backbone: str) -> bool:
+    """Returns what a backbone's feature extractor says of `do_normalize`; without one, True, with a warning."""
+    try:
+        return transformers.AutoFeatureExtractor.from_pretrained(backbone).do_normalize
+    except OSError as error:
+        if isinstance(error.__context__, json.JSONDecodeError):  # it is there, but damaged
+            raise
+        message = "has no preprocessor_config.json; assuming that it was trained on normalised waveforms"
+        warnings.warn(f"{backbone}: {message} (do_normalize true)", stacklevel=2)
+        return True
 
 
 def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
@@ -607,6 +643,8 @@ def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig) -
 
 
 # -- audio ------------------------------------------------------------------------------------------------------------
+MAX_SECONDS = 60  # of a clip to classify: attention's memory grows with the square of the length
+MIN_SAMPLES = 400  # one frame of the convolutional encoder, 25 ms
 TOLERANCE = 0.01  # seconds by which a header may promise more audio than there is
 
 
@@ -614,31 +652,31 @@ def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor
     """Reads an audio file, or a part of it, as a waveform (T,), float32, mono at 16 kHz, nominally in [-1, 1].
 
     Args:
-        file: a path or a binary file object; anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), at any rate.
-            Channels are averaged.
+        file: a path or a binary file object; anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), at any sample
+            rate. Channels are averaged.
         start, seconds: the part to read; default: from the start to the end.
     Raises:
         FileNotFoundError: no such file.
         ValueError: not audio, cut short, empty, shorter than one frame, or with NaN or infinite samples.
     """
-    with open_audio(file) as (name, sound, length):
+    with open_audio(file) as (name, sound):
         rate, first = sound.samplerate, round(start * sound.samplerate)
-        size = math.inf if length is None else length - first
+        size = sound.frames - first
         if seconds is not None:
             size = min(size, round(seconds * rate))
         if sound.seekable():
             sound.seek(first)
             samples = sound.read(size, dtype="float32", always_2d=True)  # (T, channels)
         else:
-            samples = read_in_order(sound, first + size)[first:]
-        if length is not None and size - len(samples) > TOLERANCE * rate:
+            samples = sound.read(first + size, dtype="float32", always_2d=True)[first:]
+        if size - len(samples) > TOLERANCE * rate:
             raise ValueError(f"{name}: cut short, {len(samples)} of {size} samples are there; replace the file")
     return to_16_khz(name, torch.from_numpy(samples.mean(axis=1)), rate)
 
 
 @contextlib.contextmanager
 def open_audio(file):
-    """Yields a file's name, its `soundfile.SoundFile`, and its length in samples, None where decoding alone tells."""
+    """Yields a file's name and its `soundfile.SoundFile`, once its header has been checked."""
     if hasattr(file, "read"):
         name, file = str(getattr(file, "name", "the file object")), io.BytesIO(file.read())
     else:
@@ -647,42 +685,25 @@ def open_audio(file):
             raise FileNotFoundError(f"{file}: is {'a folder' if os.path.isdir(file) else 'no file'}; give audio files")
     with file_errors(name, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
         sound = soundfile.SoundFile(file)
-    length = sound.frames
-    with file_errors(name, "damaged or cut short", "replace the file"):
+    with file_errors(name, "damaged or cut short", "replace the file"), sound:
+        check_header(name, sound)
         if sound.format == "MP3":
-            content = file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes()
-            tag = content[:10]  # an ID3 tag, maybe, whose size is given in four times 7 bits
-            start = 10 + sum(tag[9 - i] << 7 * i for i in range(4)) if tag[:3] == b"ID3" else 0
-            declared = any(mark in content[start : start + 200] for mark in (b"Xing", b"Info", b"VBRI"))
-            length = length if declared else None
-            sound = soundfile.SoundFile(io.BytesIO(content) if declared else Endless(content))
+            check_mp3(name, file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes())
             sound.seekable = lambda: False  # libmpg123 seeks inexactly, and complains of sound files when it does
-        with sound:
-            check_header(name, sound)
-            yield name, sound, length
+        yield name, sound
 
 
-class Endless(io.BytesIO):
-    """A file that says it is far longer than it is: libsndfile reads no further than the length that it guesses."""
-
-    def tell(self) -> int:
-        position = super().tell()
-        return position + 2**40 if position == len(self.getbuffer()) else position
-
-
-def read_in_order(sound: soundfile.SoundFile, size: float) -> np.ndarray:
-    """Samples (T, channels) from the start on, `size` of them or all there are."""
-    blocks, read = [np.zeros((0, sound.channels), np.float32)], 0
-    while read < size:
-        blocks.append(sound.read(int(min(2**16, size - read)), dtype="float32", always_2d=True))
-        read += len(blocks[-1])
-        if len(blocks[-1]) == 0:
-            break
-    return np.concatenate(blocks)
+def check_mp3(name: str, content: bytes) -> None:
+    """Raises ValueError if an MP3 does not declare its length, which libsndfile then guesses, too short or too long."""
+    tag, start = content[:10], 0
+    if tag[:3] == b"ID3":  # a tag comes first; its size is given in four times 7 bits
+        start = 10 + (tag[6] << 21) + (tag[7] << 14) + (tag[8] << 7) + tag[9]
+    if not any(mark in content[start : start + 200] for mark in (b"Xing", b"Info", b"VBRI")):
+        raise ValueError(f"{name}: an MP3 that does not declare its length; convert it: ffmpeg -i IN OUT.wav")
 
 
 def check_header(name: str, sound: soundfile.SoundFile) -> None:
-    """Raises ValueError if libsndfile has opened what is not whole: it says so in its log alone."""
+    """Raises ValueError if libsndfile has opened what is not whole: it says so only in its log."""
     log, seconds = sound.extra_info, sound.frames / sound.samplerate
     # Programs that write into a pipe declare 2 GiB or more, for "unknown". Some recorders count the header as audio.
     cut = re.search(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", log, re.MULTILINE)
@@ -697,7 +718,7 @@ def check_header(name: str, sound: soundfile.SoundFile) -> None:
 
 
 def to_16_khz(name, waveform: Tensor, rate: int) -> Tensor:
-    """(T,) at any rate -> (T,) at 16 kHz; ValueError if that cannot be classified, a warning if it is silent."""
+    """Resamples a waveform (T,) to 16 kHz; raises ValueError if it cannot be classified, warns if it is silent."""
     if rate != SAMPLE_RATE:
         advice = "install a pair that works, torch==2.11.0 torchaudio==2.11.0, or convert the file to 16 kHz"
         with file_errors(name, f"resampling from {rate} Hz needs torchaudio", advice):
@@ -714,7 +735,7 @@ def to_16_khz(name, waveform: Tensor, rate: int) -> Tensor:
 
 
 def read_clip(clip, tile_seconds: float | None = None, sample_rate: int = SAMPLE_RATE) -> Tensor:
-    """A path, file object or 1-D float array, of at most 60 s -> the waveform (T,) float32 that the model reads."""
+    """Returns the waveform (T,) float32 that the model reads, of a path, file object or 1-D float array, up to 60 s."""
     if isinstance(clip, str | os.PathLike) or hasattr(clip, "read"):
         name = getattr(clip, "name", "the file object") if hasattr(clip, "read") else clip
         waveform = load_audio(clip, seconds=MAX_SECONDS + 1)
@@ -735,27 +756,35 @@ def tile(waveform: Tensor, samples: int) -> Tensor:
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
+METRIC = "uar"  # the one of `scores` that chooses epochs and thresholds, and gets intervals
+
+
+def scores(targets: Tensor, logits: Tensor) -> dict[str, float]:
+    """Returns the UAR, accuracy and macro F1 of logits (N, C) for targets (N,); the only place that knows the metric.
+
+    UAR and F1 are means over the classes that occur in the targets.
+    """
+    predictions, classes = logits.argmax(-1), logits.shape[-1]
+    confusion = confusion_matrix(targets, predictions, classes)
+    hits, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    f1 = (2 * hits / np.maximum(true + predicted, 1))[true > 0]
+    uar = unweighted_average_recall(targets, predictions, classes)
+    return {"uar": uar, "accuracy": float(hits.sum() / true.sum()), "macro_f1": float(f1.mean())}
+
+
+def unweighted_average_recall(targets, predictions, num_classes: int) -> float:
+    """Returns the recall of each class, averaged over the classes that occur in the targets; class indices (N,)."""
+    confusion = confusion_matrix(targets, predictions, num_classes)
+    hits, true = confusion.diagonal(), confusion.sum(1)
+    return float((hits[true > 0] / true[true > 0]).mean())
+
+
 def confusion_matrix(targets, predictions, num_classes: int) -> np.ndarray:
-    """Class indices (N,) and (N,) -> (C, C) counts, a row per true class, a column per prediction."""
+    """Counts class indices (N,) and (N,) into (C, C), a row per true class, a column per prediction."""
     pairs = np.stack([np.asarray(targets, dtype=int), np.asarray(predictions, dtype=int)])
     if pairs.size == 0 or pairs.min() < 0 or pairs.max() >= num_classes:
         raise ValueError(f"class indices: there must be some, all from 0 to {num_classes - 1}")
     return np.bincount(pairs[0] * num_classes + pairs[1], minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
-def unweighted_average_recall(targets, predictions, num_classes: int) -> float:
-    """UAR: recall of each class, averaged over the classes that occur in the targets. Chance is 1 / classes."""
-    return scores(targets, predictions, num_classes)["uar"]
-
-
-def scores(targets, predictions, num_classes: int) -> dict[str, float]:
-    """UAR, accuracy and macro F1 of class indices (N,); UAR and F1 are means over the classes in the targets."""
-    confusion = confusion_matrix(targets, predictions, num_classes)
-    hits, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    present = true > 0
-    recall = hits[present] / true[present]
-    f1 = 2 * hits[present] / (true + predicted)[present]
-    return {"uar": float(recall.mean()), "accuracy": float(hits.sum() / true.sum()), "macro_f1": float(f1.mean())}
 
 
 # -- files: what goes wrong while one is read or written becomes one sentence that names it ---------------------------

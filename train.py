@@ -12,6 +12,7 @@ comes from, its split, its batch; last, how the script ends.
 import argparse
 import contextlib
 import csv
+import glob
 import hashlib
 import inspect
 import io
@@ -42,6 +43,7 @@ from tqdm import tqdm
 
 import sdser
 
+DEV_METRIC = f"dev_{sdser.METRIC}"  # of an epoch, averaged over the exits: the best epoch is kept
 RANK = int(os.environ.get("RANK", 0))  # which of WORLD processes this is, set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -66,8 +68,12 @@ PRESETS = {
 PRESET_NAMES = ("toy", "paper", "fast")
 
 
+ON_RESUME = ("--resume", "--out", "--device", "--workers")  # flags that may be given anew; the others are the run's own
+
+
 def parse_args(argv=None) -> argparse.Namespace:
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """Parses the flags. Defaults yield to the preset, and the preset yields to flags; on resume, see ON_RESUME."""
+    argv = sys.argv[1:] if argv is None else argv
     epilog = "Defaults that depend on the preset: see PRESETS in train.py."
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=epilog, allow_abbrev=False)
     add, on_or_off = parser.add_argument, argparse.BooleanOptionalAction
@@ -76,11 +82,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--out", default="out", metavar="DIR", help="a new or empty folder (default: out)")
     add("--resume", action="store_true", help="continue the run in --out, with its own flags")
     add("--device", metavar="D", help="default: cuda if available, else cpu")
-    add("--workers", type=whole_or_0, metavar="N", help="extra processes that load audio (default 0)")
-    add("--data", metavar="SOURCE", help="synthetic (default), a corpus folder, a manifest; --resume: its new place")
-    if "--resume" in argv:
-        return parser.parse_args(argv)  # the flags below are unknown here, and so refused
-
+    add("--workers", type=whole_or_0, default=0, metavar="N", help="extra processes that load audio (default 0)")
+    add("--data", default="synthetic", metavar="SOURCE", help="synthetic (default), a corpus folder, or a manifest")
     add("--preset", choices=PRESET_NAMES, help="default: toy for built-in backbones, fast for pre-trained ones")
     add("--backbone", help=f"Hub name, folder saved by transformers, or one of {', '.join(sdser.SIZES)}")
     add("--exits", type=int, nargs="+", metavar="K", help="layers that get an exit; the last is the teacher")
@@ -101,21 +104,25 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--epochs", type=whole, metavar="N", help="passes over the training clips")
     add("--batch-size", type=whole, default=16, metavar="N", help="clips, over all processes (default 16)")
     add("--accumulate", type=whole, default=1, metavar="N", help="batches per step (default 1)")
-    add("--lr", type=real, metavar="X", help="learning rate of the backbone")
+    add("--lr", type=real_or_0, metavar="X", help="learning rate of the backbone; 0 trains only the exits")
     add("--head-lr", type=real, metavar="X", help="learning rate of the exits")
     add("--freeze-cnn", action=on_or_off, help="do not train the convolutional encoder")
     add("--dtype", choices=("float32", "bfloat16"), help="fast: bfloat16 (autocast) if the device computes in it")
     add("--seed", type=whole_or_0, default=0, metavar="N", help="default 0")
     add("--skip-bad", action="store_true", help="decode every file first, and leave out those that cannot be read")
 
-    given = parser.parse_args(argv)
-    preset = given.preset or ("toy" if given.backbone in (None, *sdser.SIZES) else "fast")
-    for name, values in PRESETS.items():
-        parser.set_defaults(**{name: values[PRESET_NAMES.index(preset)]})
-    parser.set_defaults(preset=preset, data="synthetic", workers=0)
     args = parser.parse_args(argv)
+    others = {word.partition("=")[0] for word in argv if word.startswith("--")} - set(ON_RESUME)
+    if args.resume and others:
+        parser.error(f"--resume goes on with the run's own flags; leave out {', '.join(sorted(others))}")
+    args.preset = args.preset or ("toy" if args.backbone in (None, *sdser.SIZES) else "fast")
+    for name, values in PRESETS.items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, values[PRESET_NAMES.index(args.preset)])
     if args.head_lr is None:
         args.head_lr = args.lr
+    if args.head_lr == 0:
+        parser.error("--lr 0 trains only the exits: give them a --head-lr")
     if len(args.head) == 1:
         args.head = args.head[0]
     return args
@@ -145,19 +152,18 @@ def fold(text: str) -> list[int]:
 def run(args: argparse.Namespace) -> None:
     """Trains, keeps the best epoch by dev UAR, scores it once on test, and reports."""
     start, out, state = time.time(), Path(args.out), None
-    moved_to = args.data if args.resume else None
     if args.resume:
         with sdser.file_errors(out / "train_state.pt", "no run to resume", "train in a new folder, without --resume"):
             state = torch.load(out / "train_state.pt", map_location="cpu", weights_only=True)
-        given = {name: value for name, value in vars(args).items() if value is not None}
-        args = argparse.Namespace(**{**state["args"], **given})
+            again = {"resume": True, "out": args.out, "device": args.device, "workers": args.workers}
+            args = argparse.Namespace(**{**state["args"], **again})
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"--out {out}: holds files already; name a new or empty folder, or --resume the run in it")
     args.device = usable_device(args.device)
     args.dtype = args.dtype or ("bfloat16" if computes_in_bfloat16(args.device) else "float32")
     check_writable(out, folder=True)
 
-    labels, clips = load_data(args, moved_to)
+    labels, clips = load_data(args)
     training = [clip for clip in clips if clip.split == "train"]
     torch.manual_seed(args.seed)
     tile_seconds = args.seconds if args.window == "tile" else None
@@ -191,10 +197,11 @@ def run(args: argparse.Namespace) -> None:
         if not args.final:
             with autocast(args):  # as in training, for speed
                 line["dev"] = score(model, clips, "dev", args)
-            uars = {row["exit"]: row["uar"] for row in line["dev"]["exits"]}
-            line["dev_uar"] = sum(uars.values()) / len(uars)
-            best = all(line["dev_uar"] > earlier["dev_uar"] for earlier in log)
-            message += "  dev UAR at exit " + "  ".join(f"{exit}: {uar:.3f}" for exit, uar in uars.items())
+            values = {row["exit"]: row[sdser.METRIC] for row in line["dev"]["exits"]}
+            line[DEV_METRIC] = sum(values.values()) / len(values)
+            best = all(line[DEV_METRIC] > earlier[DEV_METRIC] for earlier in log)
+            message += f"  dev {sdser.METRIC.upper()} at exit "
+            message += "  ".join(f"{exit}: {value:.3f}" for exit, value in values.items())
             message += "  best" if best else ""
         line["seconds"] = time.time() - epoch_start
         log.append(line)
@@ -215,18 +222,22 @@ def run(args: argparse.Namespace) -> None:
 
 
 def train_epoch(model, dataset, batches, optimizer, scheduler, args, first_step: int, title: str) -> dict[str, float]:
-    """One pass over the training clips, in batches of indices; returns the mean loss and its parts."""
+    """Trains one pass over the clips, in batches of indices; returns the mean loss and its parts."""
+    # A step must have the gradient of one large batch. For example, with --accumulate 2, a step has two batches, say of
+    # 5 and 3 clips. Of 2 processes, the first runs 3 and 2 of these clips, the second 2 and 1. Each of the four losses
+    # is a mean over its clips, so it counts by its share of the step, 3/8, 2/8, 2/8 and 1/8; and double, because
+    # DistributedDataParallel averages over the processes. One process without --accumulate multiplies by 1.
     model.train()
-    # Of 5 clips, the first of 2 processes takes 3 and the other 2. One that gets none of a small batch reads a clip all
-    # the same, at weight 0, since all must take part in a step.
-    shares = [batch[RANK::WORLD] for batch in batches]
-    reads = [share or batch[:1] for share, batch in zip(shares, batches)]
+    own = [batch[RANK::WORLD] for batch in batches]  # this process's clips of each batch
+    # A process left without clips runs one anyway, with weight 0, because every process must join every step.
+    runs = [share or batch[:1] for share, batch in zip(own, batches)]
     class_weights = inverse_frequencies(dataset).to(args.device) if args.balanced else None
     sums, total_steps = Counter(), args.epochs * math.ceil(len(batches) / args.accumulate)
-    bar = progress(load(dataset, reads, args.workers), title, len(batches))
+    bar = progress(load(dataset, runs, args.workers), title, len(batches))
     for i, (waveforms, lengths, targets) in enumerate(bar):
         step = i // args.accumulate  # of this epoch
-        clips_in_step = sum(len(batch) for batch in batches[step * args.accumulate :][: args.accumulate])
+        batches_of_step = batches[step * args.accumulate : (step + 1) * args.accumulate]
+        clips_in_step = sum(len(batch) for batch in batches_of_step)
         # early on there is nothing to be learned from the teacher
         ramp = min(1.0, (first_step + step) / (args.distill_warmup * total_steps)) if args.distill_warmup else 1.0
 
@@ -236,16 +247,15 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, first_step:
             outputs, targets.to(args.device), ramp * args.kl_weight, ramp * args.hint_weight, args.temperature,
             args.detach_teacher, class_weights,
         )  # fmt: skip
-        # A batch counts by its share of the step's clips, so that the gradient is that of one large batch.
-        weight = len(shares[i]) / clips_in_step * WORLD  # times WORLD, since gradients are averaged over processes
-        (weight * loss).backward()
+        share_of_step = len(own[i]) / clips_in_step
+        (share_of_step * WORLD * loss).backward()
         for name, value in {"loss": loss.detach(), **parts}.items():
-            sums[name] += value * len(shares[i])  # on the device, read once an epoch
+            sums[name] += value * len(own[i])  # on the device, read once an epoch
 
         if (i + 1) % args.accumulate == 0 or i + 1 == len(batches):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm or math.inf)
             if not (loss + norm).isfinite():
-                names = ", ".join(dataset.clips[k].path for k in reads[i])
+                names = ", ".join(dataset.clips[k].path for k in runs[i])
                 raise ValueError(f"loss or gradient not finite; try a smaller --lr or --dtype float32 (after {names})")
             optimizer.step()
             optimizer.zero_grad()
@@ -262,8 +272,11 @@ def autocast(args):
 
 
 def make_optimizer(model: sdser.MultiExitSER, args, steps: int):
-    """Freezes what is not trained; AdamW for the rest, and its learning-rate schedule over `steps`."""
-    model.backbone.feature_extractor.requires_grad_(not args.freeze_cnn)
+    """Freezes what is not trained; returns AdamW for the rest, and its learning-rate schedule over `steps`."""
+    if args.freeze_cnn:
+        model.freeze_convolutions()
+    if args.lr == 0:
+        model.backbone.requires_grad_(False)
     groups = [
         {"params": [p for p in model.backbone.parameters() if p.requires_grad], "lr": args.lr},
         {"params": list(model.heads.parameters()), "lr": args.head_lr},
@@ -282,25 +295,25 @@ def make_optimizer(model: sdser.MultiExitSER, args, steps: int):
 
 
 def inverse_frequencies(dataset: "ClipDataset") -> Tensor:
-    """Weights (C,) of the classes, whose mean over the clips is 1."""
+    """Returns weights (C,) of the classes, whose mean over the clips is 1."""
     counts = Counter(clip.label for clip in dataset.clips)
     return torch.tensor([len(dataset.clips) / len(counts) / counts[label] for label in dataset.labels])
 
 
 def score(model: sdser.MultiExitSER, clips: list["Clip"], split: str, args) -> dict:
-    """{"exits": [{"exit", "uar", "accuracy", "macro_f1"}, ...], "fusion": {...}}: fusion of two students or more."""
+    """Returns the scores of a split: {"exits": [{"exit": 2, "uar", ...}, ...]}, and of "fusion" if there are students
+    to fuse."""
     clips = [clip for clip in clips if clip.split == split]
     logits = predict(model, clips, args.batch_size, args.workers)  # (exits, N, C)
-    targets = [model.labels.index(clip.label) for clip in clips]
-    rows = [sdser.scores(targets, answers.argmax(-1), len(model.labels)) for answers in logits]
-    results = {"exits": [{"exit": exit, **row} for exit, row in zip(model.exits, rows)]}
+    targets = torch.tensor([target_of(clip, model.labels) for clip in clips])
+    results = {"exits": [{"exit": exit, **sdser.scores(targets, row)} for exit, row in zip(model.exits, logits)]}
     if len(logits) > 2:
-        results["fusion"] = sdser.scores(targets, sdser.fuse(logits[:-1]).argmax(-1), len(model.labels))
+        results["fusion"] = sdser.scores(targets, sdser.fuse(logits[:-1]))
     return results
 
 
 def usable_device(name: str | None) -> str:
-    """The device asked for, or cuda where there is one, else cpu; raises ValueError if it cannot be used here."""
+    """Returns the device asked for, by default cuda or else cpu; raises ValueError if it cannot be used here."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     with sdser.file_errors(f"--device {name}", "cannot be used here", "leave the flag out"):
         if name == "cuda":
@@ -310,7 +323,7 @@ def usable_device(name: str | None) -> str:
 
 
 def computes_in_bfloat16(device: str) -> bool:
-    """Elsewhere bfloat16 is emulated: ten to forty times slower than float32."""
+    """Tells whether a device has bfloat16 in hardware; where it is emulated, it is far slower than float32."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -318,12 +331,13 @@ def computes_in_bfloat16(device: str) -> bool:
 
 # -- what a run writes ------------------------------------------------------------------------------------------------
 def save_epoch(out: Path, args, clips: list["Clip"], log: list[dict], best: bool, model, optimizer, scheduler) -> None:
-    """The state comes last: a run that is killed before it is whole repeats the epoch."""
+    """Writes everything that a run leaves; train_state.pt last: if the run dies before it, the epoch is repeated."""
     if len(log) == 1:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["path", "label", "speaker", "split"])
-        writer.writerows([os.path.abspath(clip.path), clip.label, clip.speaker, clip.split] for clip in clips)
+        writer.writerow(["path", "label", "speaker", "split", *clips[0].more])
+        for clip in clips:
+            writer.writerow([os.path.abspath(clip.path), clip.label, clip.speaker, clip.split, *clip.more.values()])
         sdser.replace_file(out / "split.csv", text.getvalue())
     if best:
         model.save_pretrained(out)
@@ -346,16 +360,20 @@ def check_writable(path, folder: bool = False) -> None:
 
 
 def report(results: dict, log: list[dict], out: Path) -> None:
-    best = max(log, key=lambda line: line.get("dev_uar", line["epoch"]))["epoch"]
-    kept = f"best epoch {best}, by dev UAR averaged over exits" if "dev" in results else f"last epoch, {best}, kept"
+    """Prints which epoch was kept, and the scores of each split and exit."""
+    kept = f"last epoch, {len(log)}, kept"
+    if "dev" in results:
+        best = max(log, key=lambda line: line[DEV_METRIC])["epoch"]
+        kept = f"best epoch {best}, by dev {sdser.METRIC.upper()} averaged over exits"
     print(f"\n{kept} (chance {1 / len(results['labels']):.3f})\n")
-    print("split    exit    UAR  accuracy  macro F1")
+    names = list(results["test"]["exits"][0])[1:]  # of the scores
+    print("split    exit" + "".join(f"  {name:>8}" for name in names))
     for split in [split for split in ("dev", "test") if split in results]:
         rows = list(results[split]["exits"])
         if "fusion" in results[split]:
             rows.append({"exit": "fusion", **results[split]["fusion"]})
         for row in rows:
-            print(f"{split:6} {row['exit']!s:>6}  {row['uar']:.3f}  {row['accuracy']:8.3f}  {row['macro_f1']:8.3f}")
+            print(f"{split:6} {row['exit']!s:>6}" + "".join(f"  {row[name]:8.3f}" for name in names))
     print(f"\nin {out}: config.json, model.safetensors, results.json, log.jsonl, split.csv, train_state.pt")
     print(f"next: python evaluate.py {shlex.quote(str(out))}")
 
@@ -367,9 +385,18 @@ class Clip(NamedTuple):
     speaker: str | None
     split: str | None = None  # train, dev or test
     seconds: float | None = None  # once it has been looked at
+    more: dict[str, str] = {}  # noqa: RUF012  a manifest's other columns; never changed in place
 
 
-# Each corpus has a pattern for the names of its files, without their ending, and the meaning of the labels therein.
+def target_of(clip: Clip, labels: list[str]) -> int:
+    """Returns what the loss and `scores` get as the truth about a clip: the index of its label.
+
+    Other tasks change this function: it may return a list of numbers, such as votes for each label.
+    """
+    return labels.index(clip.label)
+
+
+# Each corpus has a pattern for the names of its files, without their ending, and what its label codes mean.
 CORPORA = {
     "RAVDESS": (r"03-01-(?P<label>\d\d)-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",  # speech; songs are 03-02-...
                 {"01": "neutral", "02": "calm", "03": "happiness", "04": "sadness", "05": "anger", "06": "fear",
@@ -407,31 +434,18 @@ def load_corpus(source) -> list[Clip]:
     """
     source = make_synthetic() if source == "synthetic" else os.fspath(source)
     if os.path.isdir(source):
-        listed = read_folder(source)
-        recordings = [(Path(clip.path).stem, clip.speaker) for clip in listed]  # such names tell recordings apart
-    elif os.path.isfile(source):
-        with sdser.file_errors(source, "not a manifest", "give a CSV or TSV with columns path, label (and speaker)"):
-            listed = read_manifest(source)
-        recordings = [(clip.path, clip.label, clip.split) for clip in listed]
-    else:
+        return read_folder(source)
+    if not os.path.isfile(source):
         raise FileNotFoundError(f"{source}: no such folder or manifest; give one, or synthetic")
-    clips, twice = {}, []
-    for recording, clip in zip(recordings, listed):
-        if recording in clips:
-            twice.append(f"{clip.path} beside {clips[recording].path}")
-        clips.setdefault(recording, clip)
-    if twice:
-        warnings.warn(f"{source}: {len(twice)} clips appear twice and count once, as {twice[0]}", stacklevel=2)
-    return list(clips.values())
+    with sdser.file_errors(source, "not a manifest", "give a CSV or TSV with columns path, label (and speaker)"):
+        return read_manifest(source)
 
 
 def read_folder(folder: str) -> list[Clip]:
-    """Clips of a folder, by the file-name pattern of CORPORA that fits most of its audio files."""
-    files = []
-    for path in sorted(Path(folder).rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in AUDIO_ENDINGS and not hidden and path.is_file():
-            files.append(path)
+    """Returns the clips of a folder, by the file-name pattern of CORPORA that fits most of its audio files."""
+    found = glob.iglob("**", root_dir=folder, recursive=True)  # follows links to folders, leaves out hidden names
+    files = sorted(path for path in (Path(folder, name) for name in found) if path.suffix.lower() in AUDIO_ENDINGS)
+    files = [path for path in files if path.is_file()]
     if not files:
         raise ValueError(f"{folder}: holds no audio files ({', '.join(AUDIO_ENDINGS)})")
     matches = {}  # corpus -> a match, or None, for each file
@@ -439,31 +453,37 @@ def read_folder(folder: str) -> list[Clip]:
         pattern = re.compile(rf"(?:.*/)?{pattern}")
         matches[corpus] = [pattern.fullmatch(path.with_suffix("").as_posix()) for path in files]
     corpus = min(CORPORA, key=lambda corpus: matches[corpus].count(None))
-    clips, others, meaning = [], [], CORPORA[corpus][1]
+    clips, copies, others, meaning = {}, [], [], CORPORA[corpus][1]
     for path, match in zip(files, matches[corpus]):
         if match is None:
             others.append(path)
-        elif match["label"] not in meaning:
+            continue
+        if match["label"] not in meaning:
             raise ValueError(f"{path}: unknown emotion {match['label']!r}; {corpus} has {', '.join(meaning)}")
+        speaker = "OAF" if match["speaker"] == "OA" else match["speaker"]  # a few files of TESS
+        recording = (path.stem, speaker)  # these corpora name every recording differently
+        if recording in clips:
+            copies.append(f"{path} and {clips[recording].path}")
         else:
-            speaker = "OAF" if match["speaker"] == "OA" else match["speaker"]  # a few files of TESS
-            clips.append(Clip(str(path), meaning[match["label"]], speaker))
+            clips[recording] = Clip(str(path), meaning[match["label"]], speaker)
     if not clips:
         raise ValueError(f"{folder}: {files[0].name} matches no known corpus ({', '.join(CORPORA)}); give a manifest")
     if others:
-        warnings.warn(f"{folder}: {len(others)} files are not from {corpus}, as {others[0]}: left out", stacklevel=3)
-    return clips
+        warnings.warn(f"{folder}: {len(others)} files not of {corpus} left out, such as {others[0]}", stacklevel=3)
+    if copies:
+        warnings.warn(f"{folder}: {len(copies)} clips are there twice and count once: {copies[0]}", stacklevel=3)
+    return list(clips.values())
 
 
 def read_manifest(manifest: str) -> list[Clip]:
-    """Clips of a CSV or TSV whose first line names its columns; paths are relative to the manifest."""
+    """Returns the clips of a CSV or TSV whose first line names its columns; paths are relative to the manifest."""
     with open(manifest, encoding="utf-8-sig", newline="") as file:
         header = file.readline()
         delimiter = max(",\t;", key=header.count)
         names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
         if not {"path", "label"} <= set(names):
             raise ValueError(f"the first line reads {header.strip()!r}")
-        clips = []
+        clips, repeated = {}, []
         reader = csv.reader(file, delimiter=delimiter)
         for row in reader:
             if not row:
@@ -473,10 +493,18 @@ def read_manifest(manifest: str) -> list[Clip]:
             if len(row) != len(names) or not values["path"] or not values["label"] or split not in (None, *SPLITS):
                 raise ValueError(f"line {reader.line_num + 1}: {row}; give path, label and maybe train, dev or test")
             path = os.path.normpath(os.path.join(os.path.dirname(manifest), values["path"]))
-            clips.append(Clip(path, values["label"], values.get("speaker") or None, split))
+            more = {name: values[name] for name in names if name not in ("path", "label", "speaker", "split")}
+            clip = Clip(path, values["label"], values.get("speaker") or None, split, more=more)
+            if path in clips:
+                repeated.append(path)
+                if clip != clips[path]:
+                    raise ValueError(f"line {reader.line_num + 1}: {path} is listed before, with other values")
+            clips[path] = clip
     if not clips:
         raise ValueError("it lists no clips")
-    return clips
+    if repeated:
+        warnings.warn(f"{manifest}: {len(repeated)} lines repeat others and count once: {repeated[0]}", stacklevel=3)
+    return list(clips.values())
 
 
 # -- synthetic speech -------------------------------------------------------------------------------------------------
@@ -536,7 +564,7 @@ def make_synthetic(speakers: int = 12, clips: int = 24, seed: int = 0) -> str:
 
 # -- its split: by speaker, no speaker stands in two ------------------------------------------------------------------
 def split_clips(clips: list[Clip], fold: tuple[int, int] = (1, 5), final: bool = False) -> list[Clip]:
-    """Gives every clip a split, by speaker, every label in each split; depends on the clips and the fold alone.
+    """Gives every clip a split, by speaker, every label in each split; depends only on the clips and the fold.
 
     clips: splits of their own are kept. fold: (I, N), of N groups of speakers the I-th is test, the next one dev, the
     rest train. final: dev trains too. Raises ValueError for too few speakers, a split without some label, a speaker in
@@ -551,7 +579,7 @@ def split_clips(clips: list[Clip], fold: tuple[int, int] = (1, 5), final: bool =
 
 
 def deal_speakers(clips: list[Clip], index: int, count: int) -> list[Clip]:
-    """The largest speaker first, each into the smallest group so far."""
+    """Deals speakers into `count` groups, the one with most clips first, each into the group with fewest so far."""
     sizes = Counter(clip.speaker for clip in clips)
     for clip in clips:
         if clip.speaker is None:
@@ -567,17 +595,15 @@ def deal_speakers(clips: list[Clip], index: int, count: int) -> list[Clip]:
 
 
 def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
-    """Raises ValueError unless each of the splits has every label, and no speaker or file is in two."""
-    home, label_of, labels_of = {}, {}, defaultdict(set)
+    """Raises ValueError unless each of the splits has every label, and no speaker is in two."""
+    split_of, labels_of = {}, defaultdict(set)
     for clip in clips:
-        if label_of.setdefault(clip.path, clip.label) != clip.label:
-            raise ValueError(f"{clip.path} has two labels, {label_of[clip.path]} and {clip.label}; keep one")
         if clip.split is None:
             raise ValueError(f"{clip.path}: has no split while other clips have one; give all a split, or none")
         labels_of[clip.split].add(clip.label)
-        for who in (f"speaker {clip.speaker}", clip.path):
-            if who != "speaker None" and home.setdefault(who, clip.split) != clip.split:
-                raise ValueError(f"{who} is in two splits, {home[who]} and {clip.split}; keep each in one")
+        first = split_of.setdefault(clip.speaker, clip.split)
+        if clip.speaker and first != clip.split:
+            raise ValueError(f"speaker {clip.speaker} is in two splits, {first} and {clip.split}; keep each in one")
     for split in splits:
         missing = set().union(*labels_of.values()) - labels_of[split]
         if missing:
@@ -586,17 +612,12 @@ def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
 
 
 # -- its batch --------------------------------------------------------------------------------------------------------
-def load_data(args, moved_to: str | None = None) -> tuple[list[str], list[Clip]]:
-    """The labels, and the clips with their splits; checks every file before training starts; prints the counts."""
+def load_data(args) -> tuple[list[str], list[Clip]]:
+    """Returns the labels, and the clips with their splits, of files that can be read; prints the counts."""
     splits = ("train", "test") if args.final else SPLITS
     if args.resume:
-        clips = load_corpus(Path(args.out, "split.csv"))
-        if moved_to:
-            found = find_again(clips, load_corpus(moved_to))
-            if len(found) < len(clips):
-                raise ValueError(f"{moved_to}: has {len(found)} of the run's {len(clips)} clips; give all of them")
-            clips = found
-        clips = look_at(clips)
+        listed = os.path.join(args.out, "split.csv")
+        clips = look_at(load_corpus(listed), if_moved(listed))
     else:
         clips = load_corpus(args.data)
         if args.labels:
@@ -604,7 +625,8 @@ def load_data(args, moved_to: str | None = None) -> tuple[list[str], list[Clip]]
             if len(set(args.labels)) < 2 or not set(args.labels) <= known:
                 raise ValueError(f"--labels {' '.join(args.labels)}: give at least two of {', '.join(sorted(known))}")
             clips = [clip for clip in clips if clip.label in args.labels]
-        clips = look_at(split_clips(clips, args.fold, args.final), args.skip_bad)
+        clips = split_clips(clips, args.fold, args.final)
+        clips = look_at(clips, "--skip-bad goes on without them", args.skip_bad)
         check_splits(clips, splits)  # bad clips may be left out
         clips = take_fraction(clips, args.label_fraction, args.seed)
     for clip in clips:
@@ -622,42 +644,32 @@ def load_data(args, moved_to: str | None = None) -> tuple[list[str], list[Clip]]
     return labels, clips
 
 
-def find_again(own: list[Clip], elsewhere: list[Clip]) -> list[Clip]:
-    """A run's own clips where they are now, matched by file name, label and, if known, speaker."""
-    places, found = defaultdict(list), {}
-    for clip in elsewhere:
-        places[Path(clip.path).stem, clip.label, clip.speaker].append(clip.path)
-    for clip in own:
-        name = Path(clip.path).stem, clip.label
-        paths = places.get((*name, clip.speaker), places.get((*name, None), []))
-        if len(paths) > 1 or found.keys() & set(paths):
-            raise ValueError(f"{paths[0]}: other clips share its name, so it may not be {clip.path}; move it back")
-        found.update({path: clip._replace(path=path) for path in paths})
-    return list(found.values())
+def if_moved(split_csv: str) -> str:
+    """Returns what to do when a run's own clips are not where its split.csv says."""
+    return f"if the corpus has moved, change its paths: sed -i 's|OLD|NEW|' {shlex.quote(split_csv)}"
 
 
-def look_at(clips: list[Clip], skip_bad: bool = False) -> list[Clip]:
-    """Fills in each clip's seconds, from its header where possible; ValueError if a clip cannot be read.
+def look_at(clips: list[Clip], advice: str = "repair them, or leave them out", skip_bad: bool = False) -> list[Clip]:
+    """Fills in each clip's seconds, from its header; raises ValueError, with the advice, if a clip cannot be read.
 
     skip_bad: decode every file whole, and leave out those that cannot be read, with a warning for each.
     """
 
     def measure(clip):
         try:
-            with sdser.open_audio(clip.path) as (_, sound, length):
-                seconds = length / sound.samplerate if length else None
-            if skip_bad or seconds is None:
-                waveform = sdser.load_audio(clip.path)
-                seconds = seconds or len(waveform) / sdser.SAMPLE_RATE
+            with sdser.open_audio(clip.path) as (_, sound):
+                seconds = sound.frames / sound.samplerate
+            if skip_bad:
+                sdser.load_audio(clip.path)
             return clip._replace(seconds=seconds)
         except (OSError, ValueError) as error:
             return error
 
-    with ThreadPoolExecutor(8) as pool:  # waits for disks, not for this processor
+    with ThreadPoolExecutor(8) as pool:  # I/O-bound, so threads suffice
         found = list(progress(pool.map(measure, clips), "checking files", len(clips)))
     bad = [item for item in found if isinstance(item, Exception)]
     if bad and (not skip_bad or len(bad) == len(clips)):
-        raise ValueError(f"{bad[0]} ({len(bad)} of {len(clips)} clips are bad; --skip-bad goes on with the others)")
+        raise ValueError(f"{bad[0]} ({len(bad)} of {len(clips)} clips are bad; {advice})")
     for error in bad if RANK == 0 else []:
         warnings.warn(f"left out: {error}", stacklevel=2)
     return [item for item in found if isinstance(item, Clip)]
@@ -665,16 +677,16 @@ def look_at(clips: list[Clip], skip_bad: bool = False) -> list[Clip]:
 
 def take_fraction(clips: list[Clip], share: float, seed: int) -> list[Clip]:
     """Keeps all dev and test clips, and a share of each label's training clips; larger shares hold smaller ones."""
-    kept = {clip for clip in clips if clip.split != "train"}
+    kept = {clip.path for clip in clips if clip.split != "train"}
     for label in {clip.label for clip in clips}:
-        training = [clip for clip in clips if clip.split == "train" and clip.label == label]
+        training = [clip.path for clip in clips if clip.split == "train" and clip.label == label]
         random.Random(seed).shuffle(training)
         kept.update(training[: max(1, round(share * len(training)))])
-    return [clip for clip in clips if clip in kept]
+    return [clip for clip in clips if clip.path in kept]
 
 
 def make_batches(clips: list[Clip], args, rng: np.random.Generator) -> list[list[int]]:
-    """Clip indices in batches of similar length, in random order: sorted within pools of 8 batches, random across."""
+    """Returns clip indices in batches of similar length: sorted within pools of 8 batches, random across."""
     size, order = args.batch_size, rng.permutation(len(clips))
     seconds = np.array([min(clip.seconds, args.seconds) for clip in clips])  # of the crop
     if args.window == "tile" or np.ptp(seconds) == 0:  # all are of one length: plain shuffling
@@ -689,7 +701,7 @@ def make_batches(clips: list[Clip], args, rng: np.random.Generator) -> list[list
 
 
 class ClipDataset(Dataset):
-    """Clip i -> (waveform (T,), label index): whole, or tiled, or for training cropped at random.
+    """Clip i is (waveform (T,), its target): whole, or tiled, or for training cropped at random.
 
     tile_seconds: repeat or cut to this length. crop_seconds: cut longer clips to it, at a place that `seed` decides.
     """
@@ -708,7 +720,7 @@ class ClipDataset(Dataset):
             waveform = sdser.tile(waveform, round(seconds * sdser.SAMPLE_RATE))
         elif self.crop_seconds:
             waveform = waveform[: round(seconds * sdser.SAMPLE_RATE)]
-        return waveform, self.labels.index(clip.label)
+        return waveform, target_of(clip, self.labels)
 
 
 def load(dataset: Dataset, batches: list[list[int]], workers: int) -> DataLoader:
@@ -717,18 +729,20 @@ def load(dataset: Dataset, batches: list[list[int]], workers: int) -> DataLoader
 
 
 def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Waveforms (T,) and targets -> one batch (B, T) with zeros behind the shorter ones, lengths (B,), targets (B,)."""
+    """Returns a batch of waveforms (T,) and targets: (B, T) zero-padded at the end, lengths (B,), targets (B,)."""
     waveforms = [waveform for waveform, _ in items]
     lengths = torch.tensor([len(waveform) for waveform in waveforms])
     batch = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
-    if len(lengths.unique()) > 1:  # fewer lengths: oneDNN keeps buffers for each, for 1,440 clips as much as all else
+    if len(lengths.unique()) > 1:
+        # A few more zeros, to a quarter of a second: oneDNN keeps buffers for every T that it has seen, and a corpus of
+        # 1,440 clips has so many that they took as much memory as all else.
         batch = F.pad(batch, (0, -batch.shape[1] % 4000))
     return batch, lengths, torch.tensor([target for _, target in items])
 
 
 @torch.no_grad()
 def predict(model: sdser.MultiExitSER, clips: list[Clip], batch_size: int = 16, workers: int = 0) -> Tensor:
-    """Logits (exits, N, C) of whole clips at every exit, float32 on the CPU; ValueError if one is not finite."""
+    """Returns logits (exits, N, C) of whole clips, float32 on the CPU; raises ValueError if they are not finite."""
     model.eval()
     logits = torch.zeros(len(model.exits), len(clips), len(model.labels))
     seconds = [model.tile_seconds or clip.seconds for clip in clips]
@@ -751,7 +765,7 @@ def predict(model: sdser.MultiExitSER, clips: list[Clip], batch_size: int = 16, 
 
 
 def progress(steps, title: str, total: int) -> tqdm:
-    """A bar on a terminal, for anything over a second; only the first of several processes shows one."""
+    """Shows a bar on a terminal, for anything over a second; only the first of several processes shows one."""
     return tqdm(steps, title, total, leave=False, disable=True if RANK else None, delay=1)
 
 

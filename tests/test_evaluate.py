@@ -41,14 +41,14 @@ def call(*flags) -> dict:
 
 # -- cost -------------------------------------------------------------------------------------------------------------
 def test_costs_of_every_layout_and_head(layout):
-    model = build(layout, exits=[1, 2, 3, 4], head=list(sdser.HEADS))
+    model = build(layout, exits=[1, 2, 3, 4], head=["gru", "lstm", "attention", "mean"])
     d, t, inner = 32, 99, 64  # width, frames of 2 s, width within a layer
     before = 16 * 10 * 6399 + 16 * 16 * (3 * (3199 + 1599 + 799 + 399) + 2 * (199 + 99))
     before += t * (16 * d + 16 * d * d // 4)  # projection, position convolution
     gate = 8 * d if layout.startswith("wavlm") else 0  # of the position bias
     layer = t * (4 * d * d + 2 * d * inner + 2 * t * d + gate)
     heads = {"gru": 6 * d * d, "lstm": 8 * d * d, "attention": 2 * d, "mean": 0}
-    for k, kind in zip(model.exits, sdser.HEADS):
+    for k, kind in zip(model.exits, model.head_kinds):
         total = before + k * layer + t * heads[kind] + 256 * (d + 3)
         assert evaluate.count_macs(model, 32_000, k) == pytest.approx(total, rel=0.005)
         assert evaluate.count_parameters(model, [k]) == sum(p.numel() for p in model.truncate(k).parameters())
@@ -72,14 +72,14 @@ def made_up(wrong: float, speakers=12) -> evaluate.Scored:
     answers = np.where(rng.random(len(targets)) < wrong, (targets + 1) % 3, targets)
     clips = [train.Clip(f"{i}.wav", LABELS[target], f"s{i // 20}", "test") for i, target in enumerate(targets)]
     logits = torch.nn.functional.one_hot(torch.tensor(answers), 3).float().expand(3, -1, -1)
-    return evaluate.Scored(build(), clips, np.zeros(len(clips), int), logits)
+    return evaluate.Scored(build(), clips, torch.zeros(len(clips), dtype=int), logits)
 
 
 def test_bootstrap_draws_speakers_with_all_their_clips():
     scored = made_up(wrong=0.3)
-    targets, answers = scored.targets, scored.logits[0].argmax(-1).numpy()
+    targets, answers = scored.targets, scored.logits[0].argmax(-1)
     assert set(scored.units) == {f"s{i}" for i in range(12)}
-    draws = evaluate.bootstrap(targets, answers[None], scored.units, 3)[0]
+    draws = evaluate.bootstrap(targets, scored.logits[:1], scored.units)[0]
     rng, names, expected = np.random.default_rng(1), np.unique(scored.units), []
     for _ in range(1000):  # the plain way: draw speakers, put their clips together, score them
         clips = np.concatenate([np.flatnonzero(scored.units == name) for name in rng.choice(names, len(names))])
@@ -87,9 +87,9 @@ def test_bootstrap_draws_speakers_with_all_their_clips():
     assert draws.mean() == pytest.approx(np.mean(expected), abs=0.005)
     assert np.percentile(draws, [2.5, 97.5]) == pytest.approx(np.percentile(expected, [2.5, 97.5]), abs=0.015)
     # by hand: a mean over the classes that are drawn; class 2 has one speaker, class 3 none; one speaker has no width
-    targets, answers = np.array([0, 1, 0, 1, 2]), np.array([[0, 1, 0, 1, 0]])
+    targets, logits = torch.tensor([0, 1, 0, 1, 2]), torch.eye(4)[torch.tensor([[0, 1, 0, 1, 0]])]
     for speakers, uars in (("aabbc", {0.0, 0.666667, 1.0}), ("aaaaa", {0.666667})):
-        assert set(evaluate.bootstrap(targets, answers, list(speakers), 4)[0].round(6)) == uars
+        assert set(evaluate.bootstrap(targets, logits, list(speakers))[0].round(6)) == uars
 
 
 def test_comparison_is_paired():
@@ -109,11 +109,12 @@ def test_early_exit_and_fusion_by_hand():
     logits = torch.zeros(3, 4, 3)
     logits[0, 0, 0] = logits[1, 1, 1] = logits[2, 2, 2] = 10.0  # certain at exit 1, at exit 2, at exit 4; never
     assert evaluate.exit_index(logits, 0.9).tolist() == [0, 1, 2, 2]
-    assert evaluate.exit_index(logits, np.array([0.9, 0.0, 0.9, 0.0])).tolist() == [0, 0, 2, 0]
+    assert evaluate.exit_index(logits, torch.tensor([0.9, 0.0, 0.9, 0.0])).tolist() == [0, 0, 2, 0]
     assert evaluate.exit_index(logits, logits[0, 0].softmax(-1).max().item())[0] == 0  # just reached
-    rows = evaluate.predict_rows(evaluate.Scored(build(), [], np.zeros(4), logits), 0.9)
-    assert rows["early exit"].tolist() == [0, 1, 2, 0] and rows[4].tolist() == [0, 0, 2, 0]
-    assert rows["fusion"].tolist() == [0, 1, 0, 0]  # of exits 1 and 2
+    rows = evaluate.answers(evaluate.Scored(build(), [], torch.zeros(4), logits), 0.9)
+    rows = {exit: row.argmax(-1).tolist() for exit, row in rows.items()}
+    assert rows["early exit"] == [0, 1, 2, 0] and rows[4] == [0, 0, 2, 0]
+    assert rows["fusion"] == [0, 1, 0, 0]  # of exits 1 and 2
 
 
 @pytest.mark.parametrize("tolerance", ["0", "0.05", "1"])
@@ -123,7 +124,7 @@ def test_calibration_takes_the_lowest_threshold_within_tolerance(runs, tolerance
         dev, within = evaluate.load_and_score([fold], "dev", None, "cpu"), []
         deepest = sdser.unweighted_average_recall(dev.targets, dev.logits[-1].argmax(-1), 2)
         for step in range(101):
-            answers = evaluate.early_predictions(dev.logits, step / 100)
+            answers = evaluate.early_logits(dev.logits, step / 100).argmax(-1)
             if sdser.unweighted_average_recall(dev.targets, answers, 2) >= deepest - float(tolerance):
                 within.append(step / 100)
         assert threshold == within[0] == sdser.MultiExitSER.from_pretrained(fold).threshold
@@ -134,8 +135,8 @@ def test_early_exits_row_is_what_the_model_does(runs, monkeypatch):
     scored = evaluate.load_and_score([str(runs / "fold1")], "test", None, "cpu")
     certain = np.sort(scored.logits[0].softmax(-1).amax(-1).numpy())
     threshold = float(certain[5:7].mean())  # half of the 12 clips leave at exit 1
-    monkeypatch.setattr(evaluate, "THRESHOLDS", np.array([threshold]))
-    results = call(runs / "fold1")
+    monkeypatch.setattr(evaluate, "THRESHOLDS", [threshold])
+    results = call(runs / "fold1", "--tolerance", "1")
     model, right, left, macs = sdser.MultiExitSER.from_pretrained(runs / "fold1"), 0, [], 0
     seconds = np.mean([soundfile.info(clip.path).duration for clip in scored.clips])
     for clip in scored.clips:
@@ -158,6 +159,14 @@ def test_without_dev_clips_there_is_no_early_exit(runs):
         results = call(runs / "fold1")
     assert [row["exit"] for row in results["rows"]] == [1, 2, 4, "fusion"] and results["thresholds"] == []
     assert sdser.MultiExitSER.from_pretrained(runs / "fold1").threshold is None
+
+
+def test_where_no_threshold_is_good_enough_none_is_kept():
+    """Exit 1 is certain and wrong, even at a confidence of 1, where the deepest exit is right."""
+    logits = torch.tensor([[[200.0, 0.0]], [[0.0, 1.0]]])
+    with pytest.raises(ValueError, match="tolerance"):
+        evaluate.lowest_threshold(torch.tensor([1]), logits, 0.5)
+    assert evaluate.lowest_threshold(torch.tensor([1]), logits, 1.0) == 0.0
 
 
 # -- the command ------------------------------------------------------------------------------------------------------
@@ -212,15 +221,32 @@ def test_another_corpus(runs, refused):
 
 
 def test_training_clips_are_not_scored(runs, corpus, tmp_path, refused):
-    """A run's own corpus is known wherever it lies now, and its test split alone is taken."""
-    own, moved = call(runs / "fold1"), shutil.copytree(corpus.parent, tmp_path / "moved")
-    for source in (corpus, moved / "all.csv"):
-        results = call(runs / "fold1", "--data", source)
-        assert results["split"] == "test" and results["rows"] == own["rows"]
-    training = [clip for clip in train.load_corpus(runs / "fold1" / "split.csv") if clip.split == "train"]
-    lines = [f"{Path(clip.path).name},{clip.label},{clip.speaker}" for clip in training]
-    (moved / "training.csv").write_text("\n".join(["path,label,speaker", *lines]))
-    assert "training.csv" in refused(evaluate, runs / "fold1", "--data", moved / "training.csv")
+    """What looks like the run's own corpus is refused, wherever it lies, and on whichever system split.csv was written.
+
+    A third of the names and labels may be the same by chance, and a column of splits says that it is another corpus.
+    """
+    run, moved = runs / "fold1", shutil.copytree(corpus.parent, tmp_path / "moved")
+    for path in moved.glob("*.wav"):
+        path.with_suffix(".WAV").write_bytes(path.read_bytes())
+    rows = corpus.read_text().splitlines()
+    (moved / "again.csv").write_text("\n".join(rows).replace(".wav", ".WAV"))
+    split = (run / "split.csv").read_text()
+    for text in (split, split.replace("/", "\\").replace("\\tmp", "C:\\tmp")):
+        (run / "split.csv").write_text(text)
+        for source in (corpus, moved / "again.csv"):
+            assert f"{source}: " in refused(evaluate, run, "--data", source)
+    (run / "split.csv").write_text(split)
+    for name, own, others, taken in (("a.csv", 6, 12, 18), ("b.csv", 7, 12, None)):
+        lines = [*rows[: own + 1], *(row.replace("-", "_", 1) for row in rows[-others:])]
+        for line in lines[1:]:
+            (moved / line.partition(",")[0]).write_bytes((moved / "0-anger-0.wav").read_bytes())
+        (moved / name).write_text("\n".join(lines))
+        if taken:
+            assert call(run, "--data", moved / name)["clips"] == taken
+        else:
+            assert name in refused(evaluate, run, "--data", moved / name)
+            (moved / name).write_text("\n".join([f"{lines[0]},split", *(f"{line},test" for line in lines[1:])]))
+            assert call(run, "--data", moved / name)["clips"] == own + others
 
 
 def test_audio(runs, corpus, refused):

@@ -8,11 +8,13 @@ import torch
 import sdser
 from sdser import ExitOutput, fuse, self_distillation_loss
 
+# Of the clips, the teacher is right about the first and wrong about the second, so that what only one of them counts
+# for, such as exercise 7's divisor, shows.
 STUDENT_LOGITS = [[[1.0, 0.0, -1.0], [0.5, 0.5, 0.0]], [[0.0, 2.0, 0.0], [1.0, -1.0, 3.0]]]
 TEACHER_LOGITS = [[2.0, 0.0, 1.0], [-1.0, 0.0, 1.5]]
 STUDENT_EMBEDDINGS = [[[0.0, 1.0], [2.0, 3.0]], [[1.0, 1.0], [0.0, 0.0]]]
 TEACHER_EMBEDDING = [[1.0, 1.0], [0.5, -1.0]]
-TARGETS = [0, 2]
+TARGETS = [0, 1]
 
 
 def outputs():
@@ -97,7 +99,9 @@ def test_uar_by_hand():
     #  class 0: 2 of 3 right; class 1: 1 of 2; class 2: absent from the targets; class 3: 0 of 1, never predicted
     targets, predictions = [0, 0, 0, 1, 1, 3], [0, 0, 1, 1, 2, 0]
     assert sdser.unweighted_average_recall(targets, predictions, 4) == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
-    scores = sdser.scores(torch.tensor(targets), torch.tensor(predictions), 4)
+    logits = torch.nn.functional.one_hot(torch.tensor(predictions), 4).float()
+    scores = sdser.scores(torch.tensor(targets), logits)
+    assert scores["uar"] == pytest.approx((2 / 3 + 1 / 2 + 0) / 3)
     assert scores["accuracy"] == pytest.approx(3 / 6)
     # F1 = 2 hits / (true + predicted): 4 / (3 + 3), 2 / (2 + 2), 0 / (1 + 0), over the classes that occur
     assert scores["macro_f1"] == pytest.approx((4 / 6 + 2 / 4 + 0) / 3)

@@ -8,6 +8,7 @@ from conftest import LABELS, LAYOUTS, build
 from transformers import AutoConfig, AutoModel, Wav2Vec2FeatureExtractor
 from transformers.models.wav2vec2.modeling_wav2vec2 import _compute_mask_indices
 
+import evaluate
 import sdser
 
 LENGTHS = [20_000, 401, 9_999]
@@ -231,6 +232,22 @@ def test_early_exit_trims_to_the_longest_that_stays(layout, monkeypatch):
     logits, exits = model.early_exit(waveforms, lengths, 0.9)
     assert exits.tolist() == [1, 4, 4] and frames == [62, 15, 15]
     close(logits[1:], every[-1].logits[1:])
+
+
+@torch.no_grad()
+def test_another_stop_rule_is_one_function(layout, monkeypatch):
+    """Patience: a clip leaves once two exits in a row agree. The model and evaluate.py both ask `should_stop`."""
+
+    def agree(logits, threshold):
+        return (logits[-2:].argmax(-1).diff(dim=0) == 0).any(0)  # with one exit so far, there is no pair
+
+    model, waveforms, _ = confident_model(layout, clips=6)
+    logits = torch.stack([output.logits for output in model(waveforms)])
+    monkeypatch.setattr(sdser, "should_stop", agree)
+    answers = logits.argmax(-1)
+    expected = torch.where(answers[1] == answers[0], 2, 4)
+    assert model.early_exit(waveforms, None, 0.5)[1].tolist() == expected.tolist()
+    assert torch.tensor(model.exits)[evaluate.exit_index(logits, 0.5)].tolist() == expected.tolist()
 
 
 def test_early_exit_needs_evaluation_mode_and_a_probability():

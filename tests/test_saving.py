@@ -105,13 +105,24 @@ def test_checkpoints_of_speech_recognition_and_of_older_days_serve_too(tmp_path)
         torch.save(ctc.state_dict(), tmp_path / "pytorch_model.bin")
 
 
-def test_feature_extractor_decides_on_normalisation(tmp_path):
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_feature_extractor_decides_on_normalisation(tmp_path, name):
+    """As older versions of transformers save it, or as processors of version 5 do."""
     Wav2Vec2Model(LAYOUTS["wav2vec2-base"]).save_pretrained(tmp_path)
-    Wav2Vec2FeatureExtractor(do_normalize=False).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match=f"^{tmp_path}: .*do_normalize"):
+        assert sdser.MultiExitSER(LABELS, tmp_path).backbone.config.do_normalize
+    extractor = Wav2Vec2FeatureExtractor(do_normalize=False).to_dict()
+    processor = {"processor_class": "Wav2Vec2Processor", "feature_extractor": extractor}
+    (tmp_path / name).write_text(json.dumps(extractor if name.startswith("pre") else processor))
     model = sdser.MultiExitSER(LABELS, tmp_path)
     assert not model.backbone.config.do_normalize
     model.save_pretrained(tmp_path / "mine")
-    assert not sdser.MultiExitSER.from_pretrained(tmp_path / "mine").backbone.config.do_normalize
-    (tmp_path / "preprocessor_config.json").write_text('{"do_normalize": fal')
+    again = sdser.MultiExitSER.from_pretrained(tmp_path / "mine")
+    again.backbone.save_pretrained(tmp_path / "backbone")  # makes a backbone of one's own run
+    for same in (again, sdser.MultiExitSER(LABELS, tmp_path / "backbone")):
+        assert not same.backbone.config.do_normalize
+    with pytest.raises(ValueError, match=r"mine: .*backbone\.save_pretrained"):
+        sdser.MultiExitSER(LABELS, tmp_path / "mine")
+    (tmp_path / name).write_text('{"do_normalize": fal')
     with pytest.raises(ValueError, match=str(tmp_path)):
         sdser.MultiExitSER(LABELS, tmp_path)

@@ -1,5 +1,6 @@
 """The training script end to end on a small corpus, and what it refuses."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import LAYOUTS, NO_CHANCE, read_run
 from transformers import AutoModel
 
+import evaluate
 import sdser
 import train
 
@@ -82,8 +85,9 @@ def test_a_folder_that_holds_something_is_not_written_to(corpus, tmp_path, refus
 
 
 def test_labels_keep_their_clips_alone(corpus, tmp_path, refused):
-    anger = [row for row in corpus.read_text().splitlines() if ",anger" in row]
-    joy = [f"{corpus.parent}/{row},train".replace(",anger", ",joy") for row in anger]
+    joy = [f"joy-{i}.wav,joy,s0,train" for i in range(3)]
+    for row in joy:
+        shutil.copy(corpus.parent / "0-anger-0.wav", tmp_path / row.partition(",")[0])
     manifest, out = with_splits(corpus, tmp_path, *joy), tmp_path / "run"
     results, _ = fit(manifest, out, "--epochs", 1, "--labels", "sadness", "anger")
     assert results["labels"] == sdser.MultiExitSER.from_pretrained(out).labels == ["anger", "sadness"]
@@ -136,15 +140,50 @@ def test_scoring_holds_no_more_seconds_at_once_than_a_training_batch(monkeypatch
         assert len(batch) * longest <= train.BATCH_SECONDS
 
 
-def test_resume_finds_the_clips_where_they_lie_now(corpus, tmp_path, refused):
+def test_a_corpus_that_has_moved_is_found_by_its_new_paths(corpus, tmp_path, refused):
+    """As the sentence of the error says, with sed."""
     old, new, out = tmp_path / "old", tmp_path / "new", tmp_path / "run"
     shutil.copytree(corpus.parent, old)
     results, _ = fit(old / "all.csv", out, "--epochs", 1)
     (out / "results.json").unlink()
     old.rename(new)
-    assert "old" in refused(train, "--resume", "--out", out)
-    train.main(["--resume", "--out", str(out), "--data", str(new / "all.csv")])
+    sentence = refused(train, "--resume", "--out", out)
+    assert f"{old}/0-anger-0.wav" in sentence and "--skip-bad" not in sentence
+    command = re.search(r"sed -i .*split\.csv", sentence)[0].replace("OLD", str(old)).replace("NEW", str(new))
+    subprocess.run(command, shell=True, check=True)
+    for flag in (["--data", new / "all.csv"], ["--lr=1"]):  # the run's own count
+        assert str(flag[0]).partition("=")[0] in refused(train, "--resume", "--out", out, *flag)
+    train.main(["--resume", "--out", str(out)])
     assert read_run(out)[0]["test"] == results["test"]
+
+
+def test_a_manifests_other_columns_stay_with_the_clip_and_may_be_the_truth(corpus, tmp_path, monkeypatch):
+    """Votes for each label instead of one: `target_of` alone says so."""
+    rows = corpus.read_text().splitlines()
+    votes = {"anger": "2,1", "sadness": "0,3"}
+    rows = ["path,label,speaker,angry,sad", *(f"{corpus.parent}/{row},{votes[row.split(',')[1]]}" for row in rows[1:])]
+    (tmp_path / "votes.csv").write_text("\n".join(rows))
+    seen, loss = [], sdser.self_distillation_loss
+
+    def share_of_votes(clip, labels):
+        votes = torch.tensor([float(clip.more["angry"]), float(clip.more["sad"])])
+        return (votes / votes.sum()).tolist()
+
+    def told(outputs, targets, *args):
+        seen.append(targets)
+        return loss(outputs, targets, *args)
+
+    monkeypatch.setattr(train, "target_of", share_of_votes)
+    monkeypatch.setattr(sdser, "self_distillation_loss", told)
+    monkeypatch.setattr(sdser, "scores", lambda targets, logits: {"uar": -F.cross_entropy(logits, targets).item()})
+    fit(tmp_path / "votes.csv", tmp_path / "run", "--epochs", 1)
+    distinct = {tuple(row) for batch in seen for row in batch.tolist()}
+    assert distinct == {(0.0, 1.0), tuple(torch.tensor([2 / 3, 1 / 3]).tolist())}
+    assert {tuple(clip.more.items()) for clip in train.load_corpus(tmp_path / "run" / "split.csv")} == {
+        (("angry", "2"), ("sad", "1")), (("angry", "0"), ("sad", "3"))
+    }  # fmt: skip
+    [scored] = [evaluate.load_and_score([str(tmp_path / "run")], "test", None, "cpu")]
+    assert scored.targets.shape == (len(scored.clips), 2)
 
 
 # -- steps ------------------------------------------------------------------------------------------------------------
@@ -173,6 +212,30 @@ def test_accumulation_equals_one_large_batch(corpus):
             torch.testing.assert_close(small[name], value, atol=1e-5, rtol=1e-4)
     _, separate = weights_after_an_epoch(corpus, 2)
     assert not torch.allclose(separate["heads.4.classifier.weight"], large["heads.4.classifier.weight"], atol=1e-4)
+
+
+def test_freezing_only_freezes():
+    """What was frozen before, as peft does, stays so; a learning rate of 0 leaves the backbone without gradients."""
+    model = sdser.MultiExitSER(["a", "b"], "tiny")
+    convolutions = list(model.backbone.feature_extractor.parameters())
+    convolutions[0].requires_grad_(False)
+    train.make_optimizer(model, train.parse_args([]), 10)
+    assert not convolutions[0].requires_grad and convolutions[1].requires_grad
+    train.make_optimizer(model, train.parse_args(["--freeze-cnn"]), 10)
+    assert not any(p.requires_grad for p in convolutions)
+    assert all(p.requires_grad for p in model.backbone.encoder.parameters())
+    train.make_optimizer(model, train.parse_args(["--lr", "0", "--head-lr", "1e-3"]), 10)
+    assert {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"heads"}
+
+
+def test_a_learning_rate_of_0_trains_only_the_exits(corpus, tmp_path, refused):
+    fit(corpus, tmp_path / "run", "--lr", 0, "--head-lr", 1e-2, "--epochs", 1)
+    torch.manual_seed(0)
+    start = sdser.MultiExitSER(["anger", "sadness"], "tiny", head="attention").state_dict()
+    for name, value in sdser.MultiExitSER.from_pretrained(tmp_path / "run").state_dict().items():
+        assert torch.equal(value, start[name]) == name.startswith("backbone"), name
+    with pytest.raises(SystemExit):  # or nothing would train
+        train.parse_args(["--lr", "0"])
 
 
 def test_batches_hold_clips_of_similar_length_in_random_order():
@@ -267,7 +330,8 @@ def test_label_fraction_is_stratified_nested_and_of_training_clips_alone():
     tenth, quarter = train.take_fraction(clips, 0.1, seed=0), train.take_fraction(clips, 0.25, seed=0)
     for kept, counts in ((tenth, {"a": 4, "b": 1, "c": 1}), (quarter, {"a": 10, "b": 2, "c": 1})):
         assert Counter(clip.label for clip in kept if clip.split == "train") == counts
-    assert set(tenth) < set(quarter) and tenth != train.take_fraction(clips, 0.1, seed=1)
+    assert {clip.path for clip in tenth} < {clip.path for clip in quarter}
+    assert tenth != train.take_fraction(clips, 0.1, seed=1)
     assert [clip for clip in tenth if clip.split != "train"] == [clip for clip in clips if clip.split != "train"]
     assert train.take_fraction(clips, 1.0, seed=0) == clips
 
