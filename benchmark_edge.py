@@ -1,4 +1,4 @@
-"""Which exit fits this CPU, and what file to put there: times every exit as the file that ships it, or writes the file.
+"""Which exit fits this CPU, and what file to put there: times each exit in the form in which you would ship it.
 
     python benchmark_edge.py --backbone base                      # latency needs no trained weights
     python benchmark_edge.py out --budget-ms 80                   # the deepest exit of a trained model that fits
@@ -23,6 +23,7 @@ import tempfile
 import time
 import warnings
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add, positive = parser.add_argument, train.positive
     add("checkpoint", nargs="?", help="folder written by train.py, or a Hub name")
     add("--backbone", choices=sdser.SIZES, help="instead of a checkpoint: a built-in shape with random weights")
+    heads = "with --backbone: one for the shallow exits, or one for each exit (default attention)"
+    add("--head", choices=sdser.HEADS, nargs="+", metavar="H", help=heads)
     add("--exits", type=int, nargs="+", metavar="K", help="default: all of the model's")
     add("--seconds", type=positive(float), nargs="+", default=[1.0, 3.0, 6.0], metavar="S", help="default 1 3 6")
     add("--threads", type=positive(int), nargs="+", metavar="N", help="default: 1, and as many as there are cores")
@@ -50,10 +53,16 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--plot", metavar="FILE", help="write a plot of the latencies (needs matplotlib)")
     add("--export", metavar="FILE", help="write one exit as FILE.onnx or as a folder, and measure nothing")
     add("--exit", type=int, metavar="K", help="with --export (default: the deepest)")
-    add("--backend", default="fp32", metavar="B", help=f"with --export: {POSSIBLE} (default fp32)")
+    add("--backend", metavar="B", help=f"with --export: {POSSIBLE} (default fp32)")
     args = parser.parse_args(argv)
     if (args.checkpoint is None) == (args.backbone is None):
         parser.error("give either a checkpoint or --backbone")
+    if args.checkpoint and args.head:
+        parser.error("--head goes with --backbone; a checkpoint has its own heads")
+    if not args.export and (args.exit is not None or args.backend):
+        parser.error("--exit and --backend go with --export; to time some exits or backends: --exits, --backends")
+    args.head, args.backend = args.head or ["attention"], args.backend or "fp32"
+    args.backends = args.backends or ["torch"] + ["onnxruntime", "onnxruntime-int8"] * has_onnx()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     args.threads = args.threads or sorted({1, cores})
     return args
@@ -61,32 +70,36 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 # -- writing one exit as a file ---------------------------------------------------------------------------------------
 
-# What can be written under a name of that ending; one without an ending is a folder's.
-SHIPPED = {".onnx": ("fp32", "int8"), "": ("fp32", "transformers")}
+# Which precisions each file ending can hold; a name without an ending means a folder, which can also be transformers'.
+SHIPPED = {".onnx": ("fp32", "fp16", "int8"), "": ("fp32", "transformers")}
 POSSIBLE = "; ".join(f"{ending or 'a folder'}: {', '.join(backends)}" for ending, backends in SHIPPED.items())
+LARGEST_ONNX = 1.5 * 2**30  # bytes of weights; beyond 2 GiB, protobuf writes none
 
 
-def export(model: sdser.MultiExitSER, exit: int, backend: str, path: str) -> None:
-    """Writes one exit as a file or folder of its own, whole or not at all.
+def export(model: sdser.MultiExitSER, exit: int, precision: str, path: str) -> None:
+    """Writes one exit as a file or folder of its own; precision, path: a pair that SHIPPED allows.
 
-    backend, path: a pair of SHIPPED. Raises ValueError for other pairs and missing packages, saying what is possible.
+    Raises ValueError for other pairs and for missing packages, saying what is possible.
     """
-    check_export(backend, path)
+    check_export(precision, path, evaluate.count_parameters(model, [exit]))
     small = model.truncate(exit).requires_grad_(False)
-    if backend == "transformers":
+    if precision == "transformers":
         write_transformers(small, path)
     elif Path(path).suffix:
-        write_onnx(small, path, backend)
+        write_onnx(small, path, precision)
     else:
         small.save_pretrained(path)
 
 
-def check_export(backend: str, path: str) -> None:
+def check_export(precision: str, path: str, weights: int = 0) -> None:
+    """Raises ValueError, before any work, if this cannot be written; weights: how many the exit has, once known."""
     ending = Path(path).suffix.lower()
-    if backend not in SHIPPED.get(ending, ()):
-        raise ValueError(f"{path}: cannot hold {backend}; there are {POSSIBLE}")
+    if precision not in SHIPPED.get(ending, ()):
+        raise ValueError(f"{path}: cannot hold {precision}; there are {POSSIBLE}")
     if ending == ".onnx" and not has_onnx():
-        raise ValueError(f"{path}: writing it needs three packages: pip install onnx onnxscript onnxruntime")
+        raise ValueError(f"{path}: needs three packages: pip install onnx onnxscript onnxruntime")
+    if ending == ".onnx" and 4 * weights > LARGEST_ONNX:
+        raise ValueError(f"{path}: {4 * weights / 2**30:.1f} GiB of weights are too many for one file; ship a folder")
 
 
 def has_onnx() -> bool:
@@ -103,11 +116,12 @@ class Shipped(nn.Module):
     def forward(self, waveform: Tensor) -> Tensor:
         if self.model.tile_seconds:
             samples = round(self.model.tile_seconds * sdser.SAMPLE_RATE)
-            waveform = waveform[:, torch.arange(samples) % waveform.shape[1]]  # tiled as in training
+            length = torch.tensor(waveform.shape[1])  # a tensor, so that the export keeps it variable
+            waveform = waveform[:, torch.arange(samples) % length]  # tiled as in training
         return self.model(waveform)[0].logits.softmax(-1)
 
 
-def write_onnx(small: sdser.MultiExitSER, path: str, backend: str) -> None:
+def write_onnx(small: sdser.MultiExitSER, path: str, precision: str) -> None:
     """Writes a model of one exit, with its labels, as one .onnx file, which takes clips of any length."""
     # A recurrent network that is not made a loop would keep the length of the clip that it is traced with.
     from torch.export._patches import register_gru_while_loop_decomposition as gru_loop
@@ -116,6 +130,7 @@ def write_onnx(small: sdser.MultiExitSER, path: str, backend: str) -> None:
     for module in list(small.modules()):
         if nn.utils.parametrize.is_parametrized(module):  # weight norm would be recomputed at every call
             nn.utils.parametrize.remove_parametrizations(module, "weight")
+    small.backbone.set_attn_implementation("eager")  # fused attention exports IsNaN, which some runtimes refuse
     waveform, any_length = torch.randn(1, 3 * sdser.SAMPLE_RATE), ({1: torch.export.Dim.DYNAMIC},)
     names = dict(input_names=["waveform"], output_names=["probabilities"])
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings(action="ignore"):
@@ -123,14 +138,22 @@ def write_onnx(small: sdser.MultiExitSER, path: str, backend: str) -> None:
         with gru_loop(), lstm_loop():
             program = torch.export.export(Shipped(small), (waveform,), dynamic_shapes=any_length)
             onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+        for graph in onnx_program.model.graphs():
+            for node in graph:
+                node.metadata_props.clear()  # where in this machine's files each node comes from
         onnx_program.model.metadata_props["labels"] = json.dumps(small.labels)
         onnx_program.save(fresh)
-        if backend == "int8":  # only the matrix products: onnxruntime's int8 convolutions are slower than float32
+        if precision == "fp16":
+            import onnx
+            from onnxruntime.transformers.float16 import convert_float_to_float16
+
+            onnx.save(convert_float_to_float16(onnx.load(fresh), keep_io_types=True), fresh)
+        if precision == "int8":  # only the matrix products: onnxruntime's int8 convolutions are slower than float32
             from onnxruntime.quantization import QuantType, quantize_dynamic
 
             # 7-bit weights: on processors with AVX2 and no VNNI, products of 8-bit signed numbers saturate
             types = dict(op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8, reduce_range=True)
-            quantize_dynamic(fresh, fresh, **types)
+            quantize_dynamic(fresh, fresh, per_channel=True, **types)
         sdser.replace_file(path, Path(fresh).read_bytes())
 
 
@@ -147,6 +170,7 @@ def write_transformers(small: sdser.MultiExitSER, path: str) -> None:
     config.id2label = dict(enumerate(small.labels))
     config.label2id = {label: i for i, label in config.id2label.items()}
     config.classifier_proj_size = 256
+    config.use_weighted_layer_sum = False  # or it would not read the last layer
     model = transformers.AutoModelForAudioClassification.from_config(config)
     model.base_model.load_state_dict(small.backbone.state_dict())
     model.projector.load_state_dict(small.heads[str(small.exits[0])].projector.state_dict())
@@ -173,6 +197,13 @@ def load_torch(path: str, threads: int):
     return lambda waveform: [list(model.classify(waveform[0])[0].probabilities.values())]
 
 
+def load_transformers(path: str, threads: int):
+    import transformers
+
+    pipeline = transformers.pipeline("audio-classification", model=path)
+    return lambda waveform: pipeline.model(**pipeline.preprocess(waveform[0])).logits.softmax(-1).detach().numpy()
+
+
 def load_onnxruntime(path: str, threads: int):
     import onnxruntime
 
@@ -189,25 +220,27 @@ def load_openvino(path: str, threads: int):
     return lambda waveform: compiled({"waveform": waveform})[0]
 
 
-# What the table has rows for: how the file is run, its ending, and how it is exported.
+# For each row of the table: what loads its file, the file's ending, and its precision.
 BACKENDS = {
     "torch": (load_torch, "", "fp32"),
     "onnxruntime": (load_onnxruntime, ".onnx", "fp32"),
+    "onnxruntime-fp16": (load_onnxruntime, ".onnx", "fp16"),
     "onnxruntime-int8": (load_onnxruntime, ".onnx", "int8"),
     "openvino": (load_openvino, ".onnx", "fp32"),
 }
 
 
-def load_clips(checkpoint: str | None) -> list[np.ndarray]:
-    """Returns eight waveforms (1, T): the checkpoint's own test clips where they are at hand, else synthetic voices."""
+def load_clips(checkpoint: str | None, labels: list[str]) -> tuple[list[np.ndarray], str]:
+    """Returns eight waveforms (1, T), and where from: the checkpoint's own test clips, or else data/emodb."""
+    clips, source = [], "its own test split"
     if checkpoint:
-        with contextlib.suppress(OSError, ValueError):
-            test = evaluate.choose_clips(checkpoint, "test", None)
-            return [sdser.read_clip(clip.path)[None].numpy() for clip in test[:: math.ceil(len(test) / 8)]]
-    rng, voices = np.random.default_rng(0), []
-    for prosody in train.PROSODY.values():
-        voices += [train.synthesize(prosody, pitch, 1.0, rng)[None] for pitch in (110, 200)]
-    return voices
+        try:
+            clips = evaluate.choose_clips(checkpoint, "test", None, labels)
+        except (OSError, ValueError) as error:
+            warnings.warn(f"files are compared on clips of data/emodb: {error}", stacklevel=2)
+    if not clips:
+        clips, source = train.load_corpus(train.DATA / "emodb"), "data/emodb"
+    return [sdser.read_clip(clip.path)[None].numpy() for clip in clips[:: math.ceil(len(clips) / 8)]], source
 
 
 def largest_change(model: sdser.MultiExitSER, exit: int, run, clips: list[np.ndarray]) -> float:
@@ -223,7 +256,7 @@ def megabytes(path: str) -> float:
 
 # -- measuring --------------------------------------------------------------------------------------------------------
 def peak_megabytes(load, path: str, threads: int, samples: int) -> float | None:
-    """Measures the peak memory of a process that runs that file and nothing else; None where the system does not tell.
+    """Measures the peak memory of a process that only runs that file; None where the system does not report it.
 
     This script has imported torch, which takes more memory than an .onnx, so a bare process gets only the source text
     of `load` (a function of this file), and reports its own peak.
@@ -232,7 +265,8 @@ def peak_megabytes(load, path: str, threads: int, samples: int) -> float | None:
         return None
     program = f"{inspect.getsource(load)}\nimport numpy\nrun = {load.__name__}({path!r}, {threads})\n"
     program += f"run(0.1 * numpy.random.randn(1, {samples}).astype('float32'))\nprint(open('/proc/self/status').read())"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    places = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"{path}: the process that measures its memory failed: {done.stderr.strip().splitlines()[-1]}")
@@ -240,54 +274,55 @@ def peak_megabytes(load, path: str, threads: int, samples: int) -> float | None:
 
 
 def measure(runs: dict, args) -> dict:
-    """Times all files in turn, so that a drift hits all alike: a list of ms for each cell."""
+    """Times an exit's files in turn, so that a drift hits all alike: {(backend, threads, seconds): [ms, ...]}."""
     waveforms, rng, times = {}, np.random.default_rng(0), defaultdict(list)
     for seconds in args.seconds:
         waveforms[seconds] = (0.1 * rng.normal(size=(1, round(seconds * sdser.SAMPLE_RATE)))).astype(np.float32)
-    for round_ in train.progress(range(-2, args.rounds), "timing", args.rounds + 2):  # the first two warm up
-        for (exit, backend, threads), run in runs.items():
+    for round_ in range(-2, args.rounds):  # the first two warm up
+        for (backend, threads), run in runs.items():
             torch.set_num_threads(threads)
             run(waveforms[args.seconds[0]])  # its threads wake up
             for seconds, waveform in waveforms.items():
                 start = time.perf_counter()
                 run(waveform)
                 if round_ >= 0:
-                    times[exit, backend, threads, seconds].append(1000 * (time.perf_counter() - start))
+                    times[backend, threads, seconds].append(1000 * (time.perf_counter() - start))
             if backend != "torch":
                 time.sleep(0.05)  # its threads go on spinning for a while, at the cost of whatever comes next
     return times
 
 
 def benchmark(model: sdser.MultiExitSER, args) -> dict:
-    """Measures everything, and returns it as it goes into the JSON."""
-    backends = args.backends or (["torch", "onnxruntime", "onnxruntime-int8"] if has_onnx() else ["torch"])
-    clips, runs, facts = load_clips(args.checkpoint), {}, {}
-    samples = round(max(args.seconds) * sdser.SAMPLE_RATE)
-    with tempfile.TemporaryDirectory() as folder:
-        cells = [(exit, backend) for exit in args.exits or model.exits for backend in backends]
-        for exit, backend in train.progress(cells, "exporting", len(cells)):
-            load, ending, precision = BACKENDS[backend]
-            path = os.path.join(folder, f"{exit}-{precision}{ending}")
-            if not os.path.exists(path):
-                export(model, exit, precision, path)
-            for threads in args.threads:
-                runs[exit, backend, threads] = load(path, threads)
-            facts[exit, backend] = {
-                "peak_rss_mb": peak_megabytes(load, path, max(args.threads), samples),
-                "parameters": evaluate.count_parameters(model, [exit]),
-                "size_mb": megabytes(path),
-                "max_probability_change": largest_change(model, exit, runs[exit, backend, args.threads[0]], clips),
-            }
-        times, rows = measure(runs, args), []
-    for (exit, backend, threads, seconds), milliseconds in times.items():
-        p50, p95 = np.percentile(milliseconds, [50, 95])
-        macs = evaluate.count_macs(model, round(seconds * sdser.SAMPLE_RATE), exit)
-        rows.append({"exit": exit, "backend": backend, "seconds": seconds, "threads": threads, "p50_ms": p50,
-                     "p95_ms": p95, "macs": macs, **facts[exit, backend]})  # fmt: skip
+    """Measures everything, exit by exit, so that only one exit's files are in memory; returns what the JSON holds."""
+    clips, source = load_clips(args.checkpoint, model.labels)
+    samples, rows = round(max(args.seconds) * sdser.SAMPLE_RATE), []
+    for exit in train.progress(args.exits, "exits", len(args.exits)):
+        runs, facts = {}, {}
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps files that are in use
+            for backend in args.backends:
+                load, ending, precision = BACKENDS[backend]
+                path = os.path.join(folder, f"{precision}{ending}")
+                if not os.path.exists(path):
+                    export(model, exit, precision, path)
+                for threads in args.threads:
+                    runs[backend, threads] = load(path, threads)
+                facts[backend] = {
+                    "peak_rss_mb": peak_megabytes(load, path, max(args.threads), samples),
+                    "parameters": evaluate.count_parameters(model, [exit]),
+                    "size_mb": megabytes(path),
+                    "max_probability_change": largest_change(model, exit, runs[backend, args.threads[0]], clips),
+                }
+            times = measure(runs, args)
+        for (backend, threads, seconds), milliseconds in times.items():
+            p50, p95 = np.percentile(milliseconds, [50, 95])
+            macs = evaluate.count_macs(model, round(seconds * sdser.SAMPLE_RATE), exit)
+            rows.append({"exit": exit, "backend": backend, "seconds": seconds, "threads": threads, "p50_ms": p50,
+                         "p95_ms": p95, "macs": macs, **facts[backend]})  # fmt: skip
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, TypeError):
         name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]
-    return {"machine": {"cpu": name, "cores": os.cpu_count(), "torch": torch.__version__}, "rows": rows}
+    machine = {"cpu": name, "cores": os.cpu_count(), "torch": torch.__version__}
+    return {"machine": machine, "compared_on": f"{len(clips)} clips of {source}", "rows": rows}
 
 
 # -- the report, the plot ---------------------------------------------------------------------------------------------
@@ -305,7 +340,8 @@ def report(results: dict, args) -> None:
         times = "".join(f"{row['p50_ms']:8.1f} ({row['p95_ms']:5.1f})" for row in rows)
         peak, change = rows[0]["peak_rss_mb"] or math.nan, rows[0]["max_probability_change"]
         print(f"{threads:7}  {exit:4}  {backend:16}{times}  {peak:7.0f}  {rows[0]['size_mb']:7.1f}  {change:.0e}")
-    print("\npeak MB: of a process that runs only that file; change: the largest in any probability, on real clips")
+    print("\npeak MB: of a process that runs only that file")
+    print(f"change: the largest change in any class probability, on {results['compared_on']}")
     for threads in args.threads if args.budget_ms else []:
         for seconds in args.seconds:
             shown = [row for row in results["rows"] if (row["threads"], row["seconds"]) == (threads, seconds)]
@@ -347,12 +383,11 @@ def ship(model: sdser.MultiExitSER, args) -> None:
     exit, path = model.exits[-1] if args.exit is None else model.check_exit(args.exit), args.export
     export(model, exit, args.backend, path)
     print(f"{path}: exit {exit}, {args.backend}, {megabytes(path):.1f} MB, labels {', '.join(model.labels)}")
-    if args.backend == "transformers":
-        return print(f'use: transformers.pipeline("audio-classification", model="{path}")')
     load = load_onnxruntime if Path(path).suffix else load_torch
-    clips = load_clips(args.checkpoint)
+    load = load_transformers if args.backend == "transformers" else load
+    clips, source = load_clips(args.checkpoint, model.labels)
     change = largest_change(model, exit, load(path, max(args.threads)), clips)
-    print(f"loaded back and run on {len(clips)} clips: no probability differs by more than {change:.1e}")
+    print(f"loaded back and run on {len(clips)} clips of {source}: no probability differs by more than {change:.1e}")
     print(f"how to run it: {load.__name__} in benchmark_edge.py, and docs/edge.md")
 
 
@@ -364,6 +399,11 @@ def main(argv=None) -> None:
             train.check_writable(path)
         if args.plot:
             evaluate.import_pyplot()
+        files = {backend: f"{backend}{BACKENDS[backend][1]}" for backend in args.backends}
+        for backend, name in files.items():
+            check_export(BACKENDS[backend][2], name)
+        if "openvino" in files and not importlib.util.find_spec("openvino"):
+            raise ValueError("--backends openvino: needs a package: pip install openvino")
         if args.export:
             check_export(args.backend, args.export)
             if os.path.isdir(args.export) and os.listdir(args.export):
@@ -374,11 +414,14 @@ def main(argv=None) -> None:
         else:
             labels = ["anger", "disgust", "fear", "guilt", "happiness", "sadness", "surprise"]  # the paper's
             torch.manual_seed(0)
-            model = sdser.MultiExitSER(labels, args.backbone, args.exits).eval()
-        for exit in args.exits or []:
+            model = sdser.MultiExitSER(labels, args.backbone, args.exits, args.head).eval()
+        args.exits = args.exits or model.exits
+        for exit in args.exits:
             model.check_exit(exit)
         if args.export:
             return ship(model, args)
+        for exit, backend in product(args.exits, args.backends):
+            check_export(BACKENDS[backend][2], files[backend], evaluate.count_parameters(model, [exit]))
         results = benchmark(model, args)
         if args.json:
             sdser.replace_file(args.json, json.dumps(results, indent=2))

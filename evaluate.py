@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
@@ -37,11 +38,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("checkpoints", help="folder written by train.py, or a Hub name; several of one kind are pooled", **checkpoint)
     add("--data", metavar="SOURCE", help="another corpus than the checkpoint's own (see train.py)")
     add("--split", choices=train.SPLITS, help="default: test, or all clips of a --data without splits")
-    add("--against", help="also the paired difference in {metric} to these", **checkpoint)
+    add("--against", help="also the paired differences to these", **checkpoint)
     real_or_0 = train.positive(float, zero=True)
     add("--tolerance", type=real_or_0, default=0.01, metavar="X", help="UAR early exit may lose on dev (default 0.01)")
     add("--json", metavar="FILE", help="write the results as JSON")
-    add("--plot", metavar="DIR", help="write plots (needs matplotlib)")
+    add("--plot", metavar="DIR", help="write a plot of worth against cost (needs matplotlib)")
     add("--audio", nargs="+", metavar="FILE", help="classify these files instead")
     add("--exit", type=int, metavar="K", help="with --audio: run to this exit")
     add("--threshold", type=float, metavar="P", help="with --audio: leave at this confidence (default: the calibrated)")
@@ -65,7 +66,7 @@ class Scored(NamedTuple):
 
     @property
     def targets(self) -> torch.Tensor:
-        """What is true of each clip, (N,) class indices."""
+        """The class index of each clip's label, (N,)."""
         return torch.tensor([train.target_of(clip, self.model.labels) for clip in self.clips])
 
     @property
@@ -76,17 +77,14 @@ class Scored(NamedTuple):
 
 
 def load_and_score(checkpoints: list[str], split: str | None, source: str | None, device: str) -> Scored:
-    """Scores every run on its own clips of a split, or on another corpus; ValueError if they are not of one kind."""
+    """Scores every run on its own clips of a split, or on another corpus; ValueError unless all are of one kind."""
     kinds, clips, run, logits = [], [], [], []
     for i, checkpoint in enumerate(checkpoints):
         model = sdser.MultiExitSER.from_pretrained(checkpoint).to(device)
-        kind = (model.labels, model.exits, model.head_kinds, model.tile_seconds)
+        kind = (model.labels, model.tile_seconds, str(model))  # str(model) lists the layers and their sizes
         if kinds and kind not in kinds:
-            raise ValueError(f"{checkpoint}: its labels, exits, heads or window differ; pool runs of one kind")
-        chosen = choose_clips(checkpoint, split, source)
-        unknown = {clip.label for clip in chosen} - set(model.labels)
-        if unknown:
-            raise ValueError(f"{checkpoint}: knows {', '.join(model.labels)}, not {', '.join(sorted(unknown))}")
+            raise ValueError(f"{checkpoint}: its labels, window, exits or backbone differ; pool runs of one kind")
+        chosen = choose_clips(checkpoint, split, source, model.labels)
         kinds.append(kind)
         clips += chosen
         run += [i] * len(chosen)
@@ -94,11 +92,11 @@ def load_and_score(checkpoints: list[str], split: str | None, source: str | None
     return Scored(model, clips, torch.tensor(run), torch.cat(logits, 1))
 
 
-def choose_clips(checkpoint: str, split: str | None, source: str | None) -> list[train.Clip]:
+def choose_clips(checkpoint: str, split: str | None, source: str | None, labels: list[str]) -> list[train.Clip]:
     """Returns the run's own clips of a split, as its split.csv lists them, or else the clips of another corpus.
 
     Clips that were trained on are never scored by mistake: a corpus that has splits gives its test split, and one that
-    looks like the run's own is refused.
+    looks like the run's own is refused. Clips with other labels than the model's are left out, with a warning.
     """
     listed = os.path.join(checkpoint, "split.csv")
     if source is None and not os.path.isfile(listed):
@@ -115,18 +113,24 @@ def choose_clips(checkpoint: str, split: str | None, source: str | None) -> list
     split = split or ("test" if has_splits else None)
     if split:
         clips = [clip for clip in clips if clip.split == split]
-    if not clips:
-        raise ValueError(f"{source or checkpoint}: has no clips in the split {split}")
-    return train.look_at(clips, train.if_moved(listed)) if source is None else train.look_at(clips)
+    known = [clip for clip in clips if clip.label in labels]
+    if not known:
+        raise ValueError(f"{source or checkpoint}: has no clips of {', '.join(labels)} in {split or 'any split'}")
+    if len(known) < len(clips):
+        others = ", ".join(sorted({clip.label for clip in clips} - set(labels)))
+        message = f"left out {len(clips) - len(known)} of {len(clips)} clips, whose labels the model does not know"
+        warnings.warn(f"{source or checkpoint}: {message}: {others}", stacklevel=2)
+    clips = known
+    return train.look_at(clips, listed if source is None else None)
 
 
 def name_and_label(clip: train.Clip) -> tuple[str, str]:
-    """Tells clips apart wherever they lie: PureWindowsPath takes both kinds of slash for separators."""
+    """Identifies a clip whatever folder it is in; PureWindowsPath takes both kinds of slash for separators."""
     return PureWindowsPath(clip.path).stem, clip.label
 
 
 def bootstrap(targets: torch.Tensor, logits: torch.Tensor, units: np.ndarray) -> np.ndarray:
-    """Returns the metric (rows, DRAWS) of logits (rows, N, C), each time for as many units as there are.
+    """Returns the metric (rows, DRAWS) of logits (rows, N, C) on DRAWS resamples, each of as many units as there are.
 
     Units are drawn with replacement: a speaker with all their clips, which are not independent. Two calls on the same
     units draw the same, so that their differences are paired.
@@ -140,18 +144,24 @@ def bootstrap(targets: torch.Tensor, logits: torch.Tensor, units: np.ndarray) ->
     return np.array(values).T
 
 
-def interval(draws: np.ndarray) -> list[float]:
-    """Returns the 95 % interval of draws (DRAWS,)."""
-    return np.percentile(draws, [2.5, 97.5]).tolist()
+def interval(draws: np.ndarray, units: np.ndarray) -> list[float] | None:
+    """Returns the 95 % interval of draws (DRAWS,); None if there is only one unit."""
+    return np.percentile(draws, [2.5, 97.5]).tolist() if len(set(units)) > 1 else None
 
 
 def compare(ours: Scored, theirs: Scored) -> list[dict]:
     """Returns the paired difference, ours minus theirs, at each exit that both have, and of fusion if both fuse."""
-    rows_of_ours, rows_of_theirs = answers(ours), answers(theirs)
+    rows_of_ours = train.answers(ours.model.exits, ours.logits)
+    rows_of_theirs = train.answers(theirs.model.exits, theirs.logits)
     shared = [exit for exit in rows_of_ours if exit in rows_of_theirs]
-    same = {clip.path for clip in ours.clips} == {clip.path for clip in theirs.clips}
-    if not same or ours.model.labels != theirs.model.labels or not shared:
-        raise ValueError("--against: give runs scored on the same clips, with the same labels and some exit in common")
+    # Each clip must count equally often, or, say, twice as often on one side throughout, if that pools two seeds.
+    our_counts = Counter(zip((clip[:2] for clip in ours.clips), ours.units))
+    their_counts = Counter(zip((clip[:2] for clip in theirs.clips), theirs.units))
+    ratios = {count / their_counts[clip] for clip, count in our_counts.items() if clip in their_counts}
+    if our_counts.keys() != their_counts.keys() or len(ratios) != 1:
+        raise ValueError("--against: give runs scored on the same clips, each clip equally often")
+    if ours.model.labels != theirs.model.labels or not shared:
+        raise ValueError("--against: give runs with the same labels and some exit in common")
     values, draws = [], []
     for scored, rows in ((ours, rows_of_ours), (theirs, rows_of_theirs)):
         logits = torch.stack([rows[exit] for exit in shared])
@@ -160,7 +170,7 @@ def compare(ours: Scored, theirs: Scored) -> list[dict]:
     rows = []
     for i, exit in enumerate(shared):
         difference = values[0][i] - values[1][i]
-        rows.append({"exit": exit, "difference": difference, "ci95": interval(draws[0][i] - draws[1][i])})
+        rows.append({"exit": exit, "difference": difference, "ci95": interval(draws[0][i] - draws[1][i], ours.units)})
     return rows
 
 
@@ -238,25 +248,15 @@ def count_parameters(model: sdser.MultiExitSER, exits: list[int]) -> int:
 
 # -- the report, and plots --------------------------------------------------------------------------------------------
 class Cost(NamedTuple):
-    """What a row of the table costs: the mean over the clips, each as long as the mean clip."""
+    """The cost of a row of the table, for a clip of mean length; for early exit, averaged over the exits taken."""
 
     layers: float
     parameters: int
     macs_per_second: float  # of audio
 
 
-def answers(scored: Scored, thresholds: torch.Tensor | None = None) -> dict[int | str, torch.Tensor]:
-    """Returns the logits (N, C) of each row of the table: the exits, fusion and, given thresholds, early exit."""
-    rows = dict(zip(scored.model.exits, scored.logits))
-    if len(scored.logits) > 2:
-        rows["fusion"] = sdser.fuse(scored.logits[:-1])  # of the students
-    if thresholds is not None:
-        rows["early exit"] = early_logits(scored.logits, thresholds)
-    return rows
-
-
 def evaluate(args) -> tuple[dict, list[tuple[float, float]]]:
-    """Returns all about the checkpoints, as it goes into the JSON, and early exit's cost and metric per threshold."""
+    """Returns everything that goes into the JSON, and early exit's cost and metric at each threshold."""
     scored = load_and_score(args.checkpoints, args.split, args.data, args.device)
     chosen = calibrate(args.checkpoints, args)
     model, clips, targets = scored.model, scored.clips, scored.targets
@@ -268,27 +268,33 @@ def evaluate(args) -> tuple[dict, list[tuple[float, float]]]:
     alone = [count_macs(model, samples, k) / seconds for k in exits]
     on_the_way = np.array([count_macs(model, samples, k, heads_on_the_way=True) for k in exits]) / seconds
     costs = {k: Cost(k, count_parameters(model, [k]), macs) for k, macs in zip(exits, alone)}
-    if len(exits) > 2:
+    logits_of = train.answers(exits, scored.logits)  # of each row of the table
+    if "fusion" in logits_of:
         costs["fusion"] = Cost(exits[-2], count_parameters(model, exits[:-1]), on_the_way[-2])
     if chosen:
         left = exit_index(scored.logits, thresholds).numpy()  # (N,)
         layers, macs = np.array(exits)[left].mean(), on_the_way[left].mean()
         costs["early exit"] = Cost(layers, count_parameters(model, exits), macs)
+        logits_of["early exit"] = early_logits(scored.logits, thresholds)
 
-    logits_of = answers(scored, thresholds)
     draws = bootstrap(targets, torch.stack(list(logits_of.values())), scored.units)
     rows = []
     for (exit, logits), row_draws in zip(logits_of.items(), draws):
         confusion = sdser.confusion_matrix(targets, logits.argmax(-1), len(labels))
         counts = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist())
         recall = dict(zip(labels, [hits / total if total else None for hits, total in counts]))
-        rows.append({"exit": exit, **sdser.scores(targets, logits), f"{sdser.METRIC}_ci95": interval(row_draws),
-                     "recall": recall, "confusion": confusion.tolist(), **costs[exit]._asdict()})  # fmt: skip
+        ci95 = interval(row_draws, scored.units)
+        rows.append({"exit": exit, **sdser.scores(targets, logits), f"{sdser.METRIC}_ci95": ci95, "recall": recall,
+                     "confusion": confusion.tolist(), **costs[exit]._asdict()})  # fmt: skip
     speakers = {clip.speaker for clip in clips}
     results = {"labels": labels, "checkpoints": args.checkpoints, "split": args.split or clips[0].split or "all",
                "clips": len(clips), "speakers": None if None in speakers else len(speakers),
                "chance": 1 / len({clip.label for clip in clips}), "rows": rows, "thresholds": chosen}  # fmt: skip
-    curve = []
+    results["predictions"], curve = [], []
+    for i, clip in enumerate(clips):
+        said = {str(exit): labels[logits[i].argmax()] for exit, logits in logits_of.items()}
+        about = {"path": clip.path, "speaker": clip.speaker, "label": clip.label}
+        results["predictions"].append({**about, "answers": said})
     if chosen:
         results["exit_share"] = {str(k): float((left == i).mean()) for i, k in enumerate(exits)}
         results["mean_layers"] = costs["early exit"].layers
@@ -306,15 +312,19 @@ def report(results: dict, args) -> None:
     exits = [row["exit"] for row in rows if isinstance(row["exit"], int)]
     print(f"{', '.join(args.checkpoints)} on {args.data or 'its own clips'}: {results['split']}\n")
     metric = sdser.METRIC.upper()
-    print(f"exit          layers  params M  GMAC/s  {metric:>5}  95 % interval   accuracy  macro F1")
+    others = [name for name in ("accuracy", "macro_f1") if name in rows[0]]
+    columns = "".join(f"  {name:>8}" for name in others)
+    print(f"exit          layers  params M  GMAC/s  {metric:>5}  95 % interval {columns}")
     for row in rows:
-        name = f"{row['exit']} (teacher)" if row["exit"] == exits[-1] and len(exits) > 1 else str(row["exit"])
-        low, high = row[f"{sdser.METRIC}_ci95"]
+        title = f"{row['exit']} (teacher)" if row["exit"] == exits[-1] and len(exits) > 1 else str(row["exit"])
+        ci95 = between(row[f"{sdser.METRIC}_ci95"], ".3f")
         cost = f"{row['layers']:6.3g}  {row['parameters'] / 1e6:8.2f}  {row['macs_per_second'] / 1e9:6.2f}"
-        worth = f"{row[sdser.METRIC]:.3f}  {low:.3f} to {high:.3f}  {row['accuracy']:8.3f}  {row['macro_f1']:8.3f}"
-        print(f"{name:12}  {cost}  {worth}")
+        worth = f"{row[sdser.METRIC]:.3f}  {ci95:14}" + "".join(f"  {row[name]:8.3f}" for name in others)
+        print(f"{title:12}  {cost}  {worth}")
     speakers = "unknown speakers (so the intervals are too narrow)"
-    if results["speakers"]:
+    if results["speakers"] == 1:
+        speakers = "one speaker (an interval needs two: pool the runs of several folds)"
+    elif results["speakers"]:
         speakers = f"{results['speakers']} speakers{' (few: rough intervals)' if results['speakers'] < 8 else ''}"
     print(f"{results['clips']} clips of {speakers}; chance is {results['chance']:.3f}")
     print("GMAC/s: billions of multiply-accumulates per second of audio, for a clip of the mean length")
@@ -331,18 +341,23 @@ def report(results: dict, args) -> None:
     if args.against:
         print(f"\ndifference in {metric} to {', '.join(args.against)}, paired, with 95 % interval")
         for row in results["against"]:
-            print(f"  {row['exit']!s:8} {row['difference']:+.3f}  {row['ci95'][0]:+.3f} to {row['ci95'][1]:+.3f}")
+            print(f"  {row['exit']!s:8} {row['difference']:+.3f}  {between(row['ci95'], '+.3f')}")
+
+
+def between(ci95: list[float] | None, form: str) -> str:
+    """Returns an interval as text, "-" if there is none."""
+    return "-" if ci95 is None else f"{ci95[0]:{form}} to {ci95[1]:{form}}"
 
 
 def plot(results: dict, curve: list[tuple[float, float]], folder: str) -> None:
-    """Writes uar_against_cost.png and confusion.png."""
+    """Writes uar_against_cost.png."""
     pyplot = import_pyplot()
-    exits = [row for row in results["rows"] if isinstance(row["exit"], int)]
     figure, axes = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
     for row in results["rows"]:
         cost, value = row["macs_per_second"] / 1e9, row[sdser.METRIC]
-        error = np.abs(np.array([row[f"{sdser.METRIC}_ci95"]]).T - value)
-        if row in exits:
+        ci95 = row[f"{sdser.METRIC}_ci95"]
+        error = None if ci95 is None else np.abs(np.array([ci95]).T - value)
+        if isinstance(row["exit"], int):
             axes.errorbar(cost, value, error, fmt="o", color="black", capsize=3)
             axes.annotate(f"exit {row['exit']}", (cost, value), (-5, 6), textcoords="offset points", ha="right")
         elif row["exit"] == "early exit":
@@ -353,19 +368,7 @@ def plot(results: dict, curve: list[tuple[float, float]], folder: str) -> None:
     axes.set(ylabel=f"{sdser.METRIC.upper()} (95 % interval)", ylim=(0, 1))
     axes.legend(loc="lower right", fontsize="small")
     save_figure(figure, Path(folder, "uar_against_cost.png"))
-
-    labels, confusion = results["labels"], np.array(exits[-1]["confusion"])
-    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    size = 2.5 + 0.6 * len(labels)
-    figure, axes = pyplot.subplots(figsize=(size + 0.5, size), layout="constrained")
-    axes.imshow(share, cmap="Greys", vmin=0, vmax=1)
-    for (i, j), count in np.ndenumerate(confusion):
-        axes.text(j, i, count, ha="center", va="center", color="white" if share[i, j] > 0.5 else "black")
-    axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set(xlabel="predicted", ylabel="true", title=f"clips, exit {exits[-1]['exit']}")
-    save_figure(figure, Path(folder, "confusion.png"))
-    print(f"\nplots: {folder}/uar_against_cost.png, {folder}/confusion.png")
+    print(f"\nplot: {folder}/uar_against_cost.png")
 
 
 def import_pyplot():

@@ -172,7 +172,7 @@ class Frames(NamedTuple):
 #
 #   feature_extractor.conv_layers   7 convolutions, (B, 1, samples) -> (B, channels, T), one frame per 20 ms
 #   feature_projection              LayerNorm and Linear, (B, T, channels) -> (B, T, D)
-#   masked_spec_embed               (D,), the learned vector in the place of masked frames
+#   masked_spec_embed               (D,), the learned vector that replaces masked frames
 #   encoder.pos_conv_embed          a convolution over 128 frames, (B, T, D) -> (B, T, D), added to its input
 #   encoder.layers                  L transformer layers, (B, T, D) -> (B, T, D)
 #   encoder.layer_norm              before layer 1 (post-LN, do_stable_layer_norm false) or after the last (pre-LN)
@@ -207,10 +207,11 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         config = load_config(backbone)
         if exits is None:
             exits = default_exits(backbone, config.num_hidden_layers)
-        if isinstance(head, str):
-            head = [head] * (len(exits) - 1) + ["mean" if len(exits) > 1 else head]
+        head = [head] if isinstance(head, str) else list(head)
+        if len(head) == 1 < len(exits):
+            head = head * (len(exits) - 1) + ["mean"]
         self.check_arguments(labels, exits, head, tile_seconds, config.num_hidden_layers)
-        self.labels, self.exits, self.head_kinds = list(labels), list(exits), list(head)
+        self.labels, self.exits, self.head_kinds = list(labels), list(exits), head
         self.tile_seconds, self.threshold = tile_seconds, threshold
         config.num_hidden_layers = exits[-1]
         self.backbone = load_backbone(backbone, config)
@@ -219,14 +220,12 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
             self.heads[str(exit)] = ExitHead(kind, config.hidden_size, len(labels))
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None, exit: int | None = None) -> list[ExitOutput]:
-        """Runs only the layers that the requested exits need.
-
-        Each clip gets the answer it would get alone: no frame of a clip reads padding (see "padding" below).
+        """Runs only the layers that the requested exits need; no frame of a clip reads padding (see "padding" below).
 
         Args:
             waveforms: (B, T) float, raw 16 kHz; what lies beyond a clip's length is ignored, NaN included.
             lengths: (B,) int64, valid samples of each clip; None if all T are.
-            exit: one exit; None for all.
+            exit: a single exit; None for all.
         Returns:
             one ExitOutput per exit, shallow to deep.
         Raises:
@@ -251,7 +250,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
 
         x = waveforms[:, None].to(self.backbone.dtype)  # (B, 1, samples)
         for i, layer in enumerate(self.backbone.feature_extractor.conv_layers):
-            if lengths is not None:  # samples become frames; no convolution pads, so a clip's frames see it alone
+            if lengths is not None:  # samples become frames; no convolution pads, so each frame sees only its own clip
                 lengths = (lengths - config.conv_kernel[i]) // config.conv_stride[i] + 1
             if i == 0 and config.feat_extract_norm == "group" and lengths is not None:
                 # the GroupNorm of "base" models normalises over time: padding would count
@@ -268,7 +267,9 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
             hidden = torch.where(mask[..., None], self.backbone.masked_spec_embed.to(hidden.dtype), hidden)
         if valid is not None:
             hidden = torch.where(valid[..., None], hidden, 0)  # the position convolution must see zeros past the end
-        hidden = hidden + encoder.pos_conv_embed(hidden)
+        # in float32 even under autocast: in bfloat16, oneDNN computes it wrongly for some widths on processors with AMX
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden = hidden + encoder.pos_conv_embed(hidden)
         if not config.do_stable_layer_norm:  # post-LN: this norm stands before layer 1; pre-LN: see read_exit
             hidden = encoder.layer_norm(hidden)
         return Frames(encoder.dropout(hidden), valid)
@@ -353,12 +354,13 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
             if threshold is None:
                 raise ValueError('threshold "auto": this model has not been calibrated; give a number from 0 to 1')
         exit = self.exits[-1] if exit is None else self.check_exit(exit)
-        alone = isinstance(clips, str | os.PathLike | dict | tuple) or hasattr(clips, "read") or hasattr(clips, "ndim")
+        # dicts and tuples are no clips, and are refused as one
+        single = isinstance(clips, str | os.PathLike | dict | tuple) or hasattr(clips, "read") or hasattr(clips, "ndim")
         training, device = self.training, self.backbone.device
         self.eval()
         predictions = []
         try:
-            for clip in [clips] if alone else clips:
+            for clip in [clips] if single else clips:
                 waveform = read_clip(clip, self.tile_seconds, sample_rate).to(device)[None]  # (1, T)
                 start = time.perf_counter()
                 if threshold is None:
@@ -385,13 +387,14 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         return small.train(self.training)
 
     def freeze_convolutions(self) -> None:
-        """Keeps the convolutional encoder as it is in training; everything else stays as trainable as it was."""
+        """Freezes the convolutional encoder; everything else stays as trainable as it was."""
         self.backbone.feature_extractor.requires_grad_(False)
 
-    def save_pretrained(self, folder, model_card_kwargs: dict | None = None, **_) -> None:
+    def save_pretrained(self, folder, push_to_hub: bool = False, repo_id=None, model_card_kwargs=None, **hub) -> None:
         """Writes model.safetensors and config.json, the Hub's convention, each whole or not at all.
 
-        Also a model card, README.md, where there is none. `push_to_hub(name)`, of huggingface_hub, uploads all three.
+        It also writes a model card, README.md, if there is none. The method `push_to_hub(name)`, of huggingface_hub,
+        uploads all three; so does push_to_hub=True here, which passes `hub` on to it.
         """
         folder = Path(folder)
         with file_errors(folder, "cannot be made a folder", "name another"):
@@ -402,6 +405,8 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         replace_file(folder / "config.json", json.dumps(arguments, indent=2))
         if not (folder / "README.md").exists():
             replace_file(folder / "README.md", str(self.generate_model_card(**model_card_kwargs or {})))
+        if push_to_hub:
+            self.push_to_hub(repo_id or folder.name, **hub)
 
     @classmethod
     def from_pretrained(cls, checkpoint, **hub) -> "MultiExitSER":
@@ -443,15 +448,15 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
 
     @staticmethod
     def check_batch(waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
-        """Raises ValueError for what is no batch; returns the lengths, or None if no clip is padded."""
+        """Raises ValueError unless the arguments form a batch; returns the lengths, or None if no clip is padded."""
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
             raise ValueError(f"waveforms must be a (B, T) float tensor, not {waveforms.dtype} {tuple(waveforms.shape)}")
-        shortest = longest = size = waveforms.shape[1]
-        if lengths is not None:
-            shortest, longest = int(lengths.min()), int(lengths.max())
-        one_each = lengths is None or lengths.shape == waveforms.shape[:1]
-        if not one_each or shortest < MIN_SAMPLES or longest > size:
-            raise ValueError(f"lengths {shortest} to {longest}: give one per clip, {MIN_SAMPLES} (a frame) to {size}")
+        size = waveforms.shape[1]
+        if lengths is not None and lengths.shape != waveforms.shape[:1]:
+            raise ValueError(f"lengths of shape {tuple(lengths.shape)}: give one for each of {len(waveforms)} clips")
+        shortest, longest = (size, size) if lengths is None else (int(lengths.min()), int(lengths.max()))
+        if shortest < MIN_SAMPLES or longest > size:
+            raise ValueError(f"lengths {shortest} to {longest}: they must be from {MIN_SAMPLES} (a frame) to {size}")
         return None if shortest == size else lengths
 
     def check_early_exit(self, threshold: float) -> None:
@@ -504,7 +509,7 @@ def standardize(waveforms: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def normalize_each(norm: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
-    """Applies a norm over time to only the frames of each clip, zero-padded at the end.
+    """Applies a norm over time to each clip's own frames, zero-padded at the end.
 
     x: (B, channels, T); lengths: (B,) in frames.
     """
@@ -529,7 +534,7 @@ def sample_time_mask(config: transformers.PretrainedConfig, hidden: Tensor, vali
 
     The config's mask_time_prob is the share of frames to mask (spans may overlap, so it is a little less),
     mask_time_length the length of a span, mask_time_min_masks the least number of spans. In short clips, spans are
-    shorter, so that at most half of the clip is masked.
+    shorter, so that the least number of them covers at most half of the clip.
     """
     # An example: a clip of 500 frames with wav2vec2-base's 0.05, 10 and 2. A span has min(500 // 4, 10) = 10 frames;
     # there are 0.05 * 500 / 10 = 2.5 on average, so 2 or 3; each starts at a random frame from 0 to 490. A clip of 20
@@ -540,7 +545,7 @@ def sample_time_mask(config: transformers.PretrainedConfig, hidden: Tensor, vali
     span_length = (num_frames // (2 * max(1, least))).clamp(max=config.mask_time_length)  # (B,)
     mean_spans = config.mask_time_prob * num_frames / span_length.clamp(min=1)  # (B,)
     num_spans = (mean_spans + torch.rand(batch, device=device)).floor().clamp(min=least)  # (B,)
-    most = max(least, 1 + int(config.mask_time_prob * size))  # S: no clip has more spans, and only some have all S
+    most = max(least, 1 + int(config.mask_time_prob * size))  # S: of S spans, a clip uses its first num_spans
     start = (torch.rand(batch, most, device=device) * (num_frames - span_length + 1)[:, None]).long()  # (B, S)
     end = start + span_length[:, None]
     t = torch.arange(size, device=device)
@@ -589,7 +594,8 @@ def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
         backbone = os.fspath(backbone)
         problem = f"not a built-in size ({', '.join(SIZES)}), a folder of transformers, or a Hub model within reach"
         with file_errors(backbone, problem, "give one"):
-            if "/" not in backbone and not os.path.isdir(backbone):  # probably a typo: do not ask the Hub
+            looks_local = os.path.isabs(backbone) or "/" not in backbone  # probably a typo: do not ask the Hub
+            if looks_local and not os.path.isdir(backbone):
                 raise FileNotFoundError("no such folder")
             config, _ = transformers.PretrainedConfig.get_config_dict(backbone)
             if {"labels", "exits", "backbone"} <= config.keys():
@@ -604,7 +610,7 @@ def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
 
 
 def reads_normalized(backbone: str) -> bool:
-    """Returns what a backbone's feature extractor says of `do_normalize`; without one, True, with a warning."""
+    """Returns what a backbone's feature extractor says about `do_normalize`; without one, True, with a warning."""
     try:
         return transformers.AutoFeatureExtractor.from_pretrained(backbone).do_normalize
     except OSError as error:
@@ -626,6 +632,7 @@ def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig) -
     else:
         verbosity = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()  # else it lists every layer and quantizer weight left out on purpose
+        transformers.logging.disable_progress_bar()
         try:
             with file_errors(backbone, "its weights cannot be loaded", "download or save it again"):
                 model, info = transformers.AutoModel.from_pretrained(
@@ -633,6 +640,7 @@ def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig) -
                 )
         finally:
             transformers.logging.set_verbosity(verbosity)
+            transformers.logging.enable_progress_bar()
         model.train()  # from_pretrained leaves it in evaluation mode, from_config in training mode
         missing = set(info["missing_keys"]) - {"masked_spec_embed"}
         if missing:
@@ -689,7 +697,8 @@ def open_audio(file):
         check_header(name, sound)
         if sound.format == "MP3":
             check_mp3(name, file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes())
-            sound.seekable = lambda: False  # libmpg123 seeks inexactly, and complains of sound files when it does
+            # libmpg123 seeks inexactly, and prints errors about intact files when it does: read from the start instead
+            sound.seekable = lambda: False
         yield name, sound
 
 
@@ -703,30 +712,38 @@ def check_mp3(name: str, content: bytes) -> None:
 
 
 def check_header(name: str, sound: soundfile.SoundFile) -> None:
-    """Raises ValueError if libsndfile has opened what is not whole: it says so only in its log."""
-    log, seconds = sound.extra_info, sound.frames / sound.samplerate
-    # Programs that write into a pipe declare 2 GiB or more, for "unknown". Some recorders count the header as audio.
-    cut = re.search(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", log, re.MULTILINE)
-    if cut and int(cut[2]) < int(cut[1]) < 0x7FFFF000 and seconds * (int(cut[1]) / int(cut[2]) - 1) > TOLERANCE:
-        raise ValueError(f"{name}: cut short, {cut[2]} of {cut[1]} bytes of audio are there; replace the file")
-    if re.search("end-of-stream|after the last page", log, re.IGNORECASE):  # of an Ogg
-        raise ValueError(f"{name}: cut short, its end is missing; replace the file")
+    """Raises ValueError if the file is incomplete, which libsndfile reports only in its log."""
     if sound.frames == 0:
         raise ValueError(f"{name}: declares no audio; ffmpeg -ignore_length 1 -i IN OUT.wav may repair it")
-    if not 1000 <= sound.samplerate <= 1_000_000:  # resampling from what no device records takes gigabytes
-        raise ValueError(f"{name}: a sample rate of {sound.samplerate} Hz, beyond 1 kHz to 1 MHz, cannot be right")
+    check_size(name, sound.frames, sound.samplerate)
+    cut = re.search(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
+    if cut:
+        promised, present = int(cut[1]), int(cut[2])  # bytes of audio
+        missing = sound.frames / sound.samplerate * (promised / present - 1)  # seconds
+        # Some recorders count the header as audio; programs that write into a pipe declare 2 GiB or more: "unknown".
+        if missing > TOLERANCE and promised < 0x7FFFF000:
+            raise ValueError(f"{name}: cut short, {present} of {promised} bytes of audio are there; replace the file")
+    if re.search("end-of-stream|after the last page", sound.extra_info, re.IGNORECASE):  # of an Ogg
+        raise ValueError(f"{name}: cut short, its end is missing; replace the file")
+
+
+def check_size(name, samples: int, rate: int) -> None:
+    """Raises ValueError for a rate that no device has, or for fewer samples than one frame."""
+    if not 1000 <= rate <= 1_000_000:  # resampling would take gigabytes
+        raise ValueError(f"{name}: a sample rate of {rate} Hz, outside 1 kHz to 1 MHz, cannot be right")
+    if samples * SAMPLE_RATE < MIN_SAMPLES * rate:
+        raise ValueError(f"{name}: {samples / rate:.4f} s are shorter than one frame, {MIN_SAMPLES / SAMPLE_RATE} s")
 
 
 def to_16_khz(name, waveform: Tensor, rate: int) -> Tensor:
     """Resamples a waveform (T,) to 16 kHz; raises ValueError if it cannot be classified, warns if it is silent."""
+    check_size(name, len(waveform), rate)
     if rate != SAMPLE_RATE:
         advice = "install a pair that works, torch==2.11.0 torchaudio==2.11.0, or convert the file to 16 kHz"
         with file_errors(name, f"resampling from {rate} Hz needs torchaudio", advice):
             import torchaudio  # here, so that nothing else needs it
         # The filter grows with rate / gcd(rate, 16000): odd rates, such as 11127 Hz, become a multiple of 25 Hz.
         waveform = torchaudio.functional.resample(waveform, max(25, 25 * round(rate / 25)), SAMPLE_RATE)
-    if len(waveform) < MIN_SAMPLES:
-        raise ValueError(f"{name}: {len(waveform)} samples at 16 kHz are shorter than one frame, {MIN_SAMPLES}")
     if not waveform.isfinite().all():
         raise ValueError(f"{name}: holds NaN or infinite samples; write it again from its source")
     if not waveform.any():
@@ -735,7 +752,7 @@ def to_16_khz(name, waveform: Tensor, rate: int) -> Tensor:
 
 
 def read_clip(clip, tile_seconds: float | None = None, sample_rate: int = SAMPLE_RATE) -> Tensor:
-    """Returns the waveform (T,) float32 that the model reads, of a path, file object or 1-D float array, up to 60 s."""
+    """Reads a path, a file object or a 1-D float array of at most 60 s; returns the waveform (T,), float32, 16 kHz."""
     if isinstance(clip, str | os.PathLike) or hasattr(clip, "read"):
         name = getattr(clip, "name", "the file object") if hasattr(clip, "read") else clip
         waveform = load_audio(clip, seconds=MAX_SECONDS + 1)
@@ -756,11 +773,11 @@ def tile(waveform: Tensor, samples: int) -> Tensor:
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
-METRIC = "uar"  # the one of `scores` that chooses epochs and thresholds, and gets intervals
+METRIC = "uar"  # the score by which epochs and thresholds are chosen, and the one with intervals
 
 
 def scores(targets: Tensor, logits: Tensor) -> dict[str, float]:
-    """Returns the UAR, accuracy and macro F1 of logits (N, C) for targets (N,); the only place that knows the metric.
+    """Returns the UAR, accuracy and macro F1 of logits (N, C) for targets (N,).
 
     UAR and F1 are means over the classes that occur in the targets.
     """
@@ -773,7 +790,7 @@ def scores(targets: Tensor, logits: Tensor) -> dict[str, float]:
 
 
 def unweighted_average_recall(targets, predictions, num_classes: int) -> float:
-    """Returns the recall of each class, averaged over the classes that occur in the targets; class indices (N,)."""
+    """Returns the mean recall of the classes that occur in the targets. Both arguments hold class indices, (N,)."""
     confusion = confusion_matrix(targets, predictions, num_classes)
     hits, true = confusion.diagonal(), confusion.sum(1)
     return float((hits[true > 0] / true[true > 0]).mean())
@@ -787,12 +804,12 @@ def confusion_matrix(targets, predictions, num_classes: int) -> np.ndarray:
     return np.bincount(pairs[0] * num_classes + pairs[1], minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-# -- files: what goes wrong while one is read or written becomes one sentence that names it ---------------------------
+# -- files: every error is one sentence that names the file -----------------------------------------------------------
 @contextlib.contextmanager
 def file_errors(path, problem: str, advice: str, kind: type[Exception] = ValueError):
     """Turns whatever a library raises about a file into `kind`, "PATH: PROBLEM (what the library says); ADVICE".
 
-    Sentences that name the file already, and those of contexts within this one, pass through.
+    Errors that already name the file, or come from a nested `file_errors`, pass unchanged.
     """
     try:
         yield
@@ -808,15 +825,15 @@ def file_errors(path, problem: str, advice: str, kind: type[Exception] = ValueEr
 def replace_file(path, content: bytes | str) -> None:
     """Writes a file whole or not at all: a failure leaves what was there.
 
-    Symlinks are kept; special files such as /dev/null are written to directly.
+    Symlinks are kept; special files such as /dev/stdout are written to directly.
     """
     content = content.encode() if isinstance(content, str) else content
     with file_errors(path, "cannot be written", "make room, or name another place"):
-        target = Path(os.path.realpath(path))
-        if target.exists() and not target.is_file():
-            target.write_bytes(content)
+        if os.path.exists(path) and not os.path.isfile(path):
+            Path(path).write_bytes(content)
             return
-        temporary = target.with_name(f".{target.name}.tmp")
+        target = Path(os.path.realpath(path))
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             temporary.write_bytes(content)
             os.replace(temporary, target)

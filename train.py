@@ -1,7 +1,7 @@
 """Fine-tunes a multi-exit speech emotion model with self-distillation.
 
-    python train.py                                              # a toy on synthetic speech, a minute on a CPU
-    python train.py --data path/to/EMO-DB --backbone small       # real speech, from scratch
+    python train.py                                              # real speech, two minutes on a CPU
+    python train.py --data path/to/RAVDESS                       # the same small network, another corpus
     python train.py --data path/to/RAVDESS --backbone facebook/wav2vec2-base
     torchrun --nproc_per_node=2 train.py                         # data-parallel, each process on its share of a batch
 
@@ -13,8 +13,6 @@ import argparse
 import contextlib
 import csv
 import glob
-import hashlib
-import inspect
 import io
 import json
 import math
@@ -22,17 +20,16 @@ import os
 import random
 import re
 import shlex
+import subprocess
 import sys
-import tempfile
 import time
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -47,44 +44,52 @@ DEV_METRIC = f"dev_{sdser.METRIC}"  # of an epoch, averaged over the exits: the 
 RANK = int(os.environ.get("RANK", 0))  # which of WORLD processes this is, set by torchrun
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-# The recipes, side by side; a flag given on the command line wins. toy: from scratch on a CPU, in a minute. paper: the
-# paper's recipe. fast: the same method for pre-trained backbones, several times as fast; the one we recommend.
+HERE = f"{Path(__file__).resolve().parent}{os.sep}"
+DATA = Path(HERE, "data")  # real speech and a small pre-trained network
+HUBERT_SMALL = str(DATA / "hubert-small")
+WAV2VEC2 = "facebook/wav2vec2-base"
+
+# The recipes, side by side; a flag given on the command line wins. toy: fine-tunes the network in data/, in two minutes
+# on a CPU. scratch: random weights. paper: the paper's recipe. fast: the same method for pre-trained backbones, several
+# times as fast; the one we recommend.
 PRESETS = {
-    #                   toy           paper                     fast
-    "backbone":        ("tiny",       "facebook/wav2vec2-base", "facebook/wav2vec2-base"),
-    "head":            ("attention",  "gru",                    "attention"),
-    "distill_warmup":  (0.5,          0.0,                      0.5),
-    "window":          ("natural",    "tile",                   "natural"),
-    "seconds":         (3.0,          5.984,                    6.0),
-    "epochs":          (10,           20,                       20),
-    "lr":              (2e-3,         3e-5,                     5e-5),
-    "head_lr":         (None,         None,                     1e-3),         # None: as lr
-    "weight_decay":    (0.01,         0.0,                      0.01),         # AdamW; without decay it is Adam
-    "warmup":          (0.1,          None,                     0.1),          # of steps, then cosine; None: constant
-    "max_norm":        (1.0,          None,                     1.0),          # of the gradient
-    "freeze_cnn":      (False,        False,                    True),
-    "dtype":           ("float32",    "float32",                None),         # bfloat16 if the device has it
+    #                   toy           scratch       paper         fast
+    "backbone":        (HUBERT_SMALL, "tiny",       WAV2VEC2,     WAV2VEC2),
+    "exits":           ([2, 4, 6],    None,         None,         None),       # None: see default_exits in sdser.py
+    "head":            ("attention",  "attention",  "gru",        "attention"),
+    "distill_warmup":  (0.5,          0.5,          0.0,          0.5),
+    "window":          ("natural",    "natural",    "tile",       "natural"),
+    "seconds":         (2.0,          3.0,          5.984,        6.0),
+    "epochs":          (16,           10,           20,           20),
+    "batch_size":      (8,            16,           16,           16),
+    "lr":              (5e-4,         2e-3,         3e-5,         5e-5),
+    "head_lr":         (1e-3,         None,         None,         1e-3),       # None: as lr
+    "weight_decay":    (0.01,         0.01,         0.0,          0.01),       # AdamW; without decay it is Adam
+    "warmup":          (0.1,          0.1,          None,         0.1),        # of steps, then cosine; None: constant
+    "max_norm":        (1.0,          1.0,          None,         1.0),        # of the gradient
+    "freeze_cnn":      (True,         False,        False,        True),
+    "dtype":           ("float32",    "float32",    "float32",    None),       # None: bfloat16 if the device has it
 }  # fmt: skip
-PRESET_NAMES = ("toy", "paper", "fast")
-
-
-ON_RESUME = ("--resume", "--out", "--device", "--workers")  # flags that may be given anew; the others are the run's own
+PRESET_NAMES = ("toy", "scratch", "paper", "fast")
+ON_RESUME = ("--resume", "--out", "--device", "--workers")  # the flags that --resume takes; the others are the run's
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    """Parses the flags. Defaults yield to the preset, and the preset yields to flags; on resume, see ON_RESUME."""
+    """Parses the flags. Flags win over the preset, and the preset over defaults; on resume, see ON_RESUME."""
     argv = sys.argv[1:] if argv is None else argv
     epilog = "Defaults that depend on the preset: see PRESETS in train.py."
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], epilog=epilog, allow_abbrev=False)
     add, on_or_off = parser.add_argument, argparse.BooleanOptionalAction
-    real, real_or_0 = positive(float), positive(float, zero=True)
+    real, real_or_0, share = positive(float), positive(float, zero=True), positive(float, most=1)
     whole, whole_or_0 = positive(int), positive(int, zero=True)
     add("--out", default="out", metavar="DIR", help="a new or empty folder (default: out)")
     add("--resume", action="store_true", help="continue the run in --out, with its own flags")
     add("--device", metavar="D", help="default: cuda if available, else cpu")
-    add("--workers", type=whole_or_0, default=0, metavar="N", help="extra processes that load audio (default 0)")
-    add("--data", default="synthetic", metavar="SOURCE", help="synthetic (default), a corpus folder, or a manifest")
-    add("--preset", choices=PRESET_NAMES, help="default: toy for built-in backbones, fast for pre-trained ones")
+    add("--workers", type=whole_or_0, metavar="N", help="processes that load audio (default: 4 on cuda, else 0)")
+    source = "a corpus folder or a manifest (default: data/emodb)"
+    add("--data", default=str(DATA / "emodb"), metavar="SOURCE", help=source)
+    preset = "default: toy; scratch for built-in backbones, fast for other pre-trained ones"
+    add("--preset", choices=PRESET_NAMES, help=preset)
     add("--backbone", help=f"Hub name, folder saved by transformers, or one of {', '.join(sdser.SIZES)}")
     add("--exits", type=int, nargs="+", metavar="K", help="layers that get an exit; the last is the teacher")
     heads = f"one for the shallow exits, or one for each exit: {', '.join(sdser.HEADS)}"
@@ -95,14 +100,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--kl-weight", type=real_or_0, default=1.0, metavar="A", help="alpha; 0 drops the term (default 1)")
     add("--hint-weight", type=real_or_0, default=1.0, metavar="B", help="beta; 0 drops the term (default 1)")
     add("--temperature", type=real, default=1.0, metavar="T", help="of the KL term (default 1)")
-    add("--distill-warmup", type=real_or_0, metavar="F", help="share of the steps over which alpha and beta ramp up")
+    ramp = "share of the steps, 0 to 1, over which alpha and beta ramp up"
+    add("--distill-warmup", type=positive(float, zero=True, most=1), metavar="F", help=ramp)
     add("--detach-teacher", action=on_or_off, default=True, help="no KL and hint gradient to the teacher's outputs")
-    add("--label-fraction", type=real, default=1.0, metavar="F", help="share of each label's training clips")
+    add("--label-fraction", type=share, default=1.0, metavar="F", help="share of each label's training clips, up to 1")
     add("--fold", type=fold, default="1/5", metavar="I/N", help="deal speakers into N groups; the I-th is test")
     add("--window", choices=("natural", "tile"), help="clips at original length, or repeated or cut to --seconds")
     add("--seconds", type=real, metavar="S", help="natural: crop longer training clips at random; tile: length")
     add("--epochs", type=whole, metavar="N", help="passes over the training clips")
-    add("--batch-size", type=whole, default=16, metavar="N", help="clips, over all processes (default 16)")
+    add("--batch-size", type=whole, metavar="N", help="clips, over all processes")
     add("--accumulate", type=whole, default=1, metavar="N", help="batches per step (default 1)")
     add("--lr", type=real_or_0, metavar="X", help="learning rate of the backbone; 0 trains only the exits")
     add("--head-lr", type=real, metavar="X", help="learning rate of the exits")
@@ -115,7 +121,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     others = {word.partition("=")[0] for word in argv if word.startswith("--")} - set(ON_RESUME)
     if args.resume and others:
         parser.error(f"--resume goes on with the run's own flags; leave out {', '.join(sorted(others))}")
-    args.preset = args.preset or ("toy" if args.backbone in (None, *sdser.SIZES) else "fast")
+    if args.preset is None and args.backbone in sdser.SIZES:
+        args.preset = "scratch"
+    elif args.preset is None:
+        args.preset = "toy" if os.path.abspath(args.backbone or HUBERT_SMALL) == HUBERT_SMALL else "fast"
     for name, values in PRESETS.items():
         if getattr(args, name, None) is None:
             setattr(args, name, values[PRESET_NAMES.index(args.preset)])
@@ -123,21 +132,20 @@ def parse_args(argv=None) -> argparse.Namespace:
         args.head_lr = args.lr
     if args.head_lr == 0:
         parser.error("--lr 0 trains only the exits: give them a --head-lr")
-    if len(args.head) == 1:
-        args.head = args.head[0]
     return args
 
 
-def positive(kind: type, zero: bool = False):
-    """An argparse type: a finite number of that kind, above 0 or, with zero=True, at least 0."""
+def positive(kind: type, zero: bool = False, most: float = sys.float_info.max):
+    """Returns an argparse type: a number of that kind, above 0 or, with zero=True, at least 0, and up to `most`."""
 
     def number(text):
         value = kind(text)
-        if not 0 <= value < math.inf or (value == 0 and not zero):
+        if not 0 <= value <= most or (value == 0 and not zero):
             raise ValueError
         return value
 
-    number.__name__ = f"positive {kind.__name__}"  # as argparse's message calls it
+    up_to = f" up to {most}" if most < sys.float_info.max else ""
+    number.__name__ = f"positive {kind.__name__}{up_to}"  # as argparse's message calls it
     return number
 
 
@@ -156,10 +164,14 @@ def run(args: argparse.Namespace) -> None:
         with sdser.file_errors(out / "train_state.pt", "no run to resume", "train in a new folder, without --resume"):
             state = torch.load(out / "train_state.pt", map_location="cpu", weights_only=True)
             again = {"resume": True, "out": args.out, "device": args.device, "workers": args.workers}
-            args = argparse.Namespace(**{**state["args"], **again})
+            args = argparse.Namespace(**{**vars(args), **state["args"], **again})
+        for left_over in out.glob(".*.tmp"):  # by a process that was killed while it wrote
+            left_over.unlink(missing_ok=True)
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"--out {out}: holds files already; name a new or empty folder, or --resume the run in it")
     args.device = usable_device(args.device)
+    if args.workers is None:  # a GPU takes less time for a step than one process needs to read its clips
+        args.workers = 4 if args.device.startswith("cuda") else 0
     args.dtype = args.dtype or ("bfloat16" if computes_in_bfloat16(args.device) else "float32")
     check_writable(out, folder=True)
 
@@ -167,7 +179,11 @@ def run(args: argparse.Namespace) -> None:
     training = [clip for clip in clips if clip.split == "train"]
     torch.manual_seed(args.seed)
     tile_seconds = args.seconds if args.window == "tile" else None
-    model = sdser.MultiExitSER(labels, args.backbone, args.exits, args.head, tile_seconds).to(args.device)
+    if state:  # a resumed run no longer needs the backbone that it started from
+        model = sdser.MultiExitSER.from_pretrained(out).to(args.device)
+        model.threshold = None  # of other weights
+    else:
+        model = sdser.MultiExitSER(labels, args.backbone, args.exits, args.head, tile_seconds).to(args.device)
     steps_per_epoch = math.ceil(math.ceil(len(training) / args.batch_size) / args.accumulate)
     optimizer, scheduler = make_optimizer(model, args, args.epochs * steps_per_epoch)
     log = []
@@ -178,7 +194,8 @@ def run(args: argparse.Namespace) -> None:
             scheduler.load_state_dict(state["scheduler"])
             log = state["log"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    print(f"{args.backbone}, preset {args.preset}: exits {model.exits}, {trained:.1f} M parameters to train, "
+    name = args.backbone.removeprefix(HERE)
+    print(f"{name}, preset {args.preset}: exits {model.exits}, {trained:.1f} M parameters to train, "
           f"{args.dtype} on {args.device}")  # fmt: skip
     parallel = DistributedDataParallel(model) if WORLD > 1 else model  # averages gradients over processes
 
@@ -189,8 +206,7 @@ def run(args: argparse.Namespace) -> None:
         torch.manual_seed(int(rng.integers(2**63)) ^ RANK)  # processes differ in dropout and masks, not in order
         batches = make_batches(training, args, rng)
         dataset = ClipDataset(training, labels, tile_seconds, args.seconds, f"{args.seed} {epoch}")
-        first_step = (epoch - 1) * steps_per_epoch
-        losses = train_epoch(parallel, dataset, batches, optimizer, scheduler, args, first_step, title)
+        losses = train_epoch(parallel, dataset, batches, optimizer, scheduler, args, title)
         line = {"epoch": epoch, **losses, "lr": scheduler.get_last_lr()[0]}
         message = f"{title}  loss {losses['loss']:.3f}"
         best = True  # --final has no dev clips to choose by: the last epoch is kept
@@ -205,13 +221,13 @@ def run(args: argparse.Namespace) -> None:
             message += "  best" if best else ""
         line["seconds"] = time.time() - epoch_start
         log.append(line)
-        print(message, flush=True)
         if RANK == 0:
             save_epoch(out, args, clips, log, best, model, optimizer, scheduler)
+        print(message)  # once it is saved, so that Ctrl-C loses nothing that has been seen
 
-    # The epoch that was kept, in float32: on dev once more, and on test for the first time.
+    # The kept epoch is scored in float32, on dev once more and on test for the first time.
     if WORLD > 1:
-        dist.barrier()  # it has been saved
+        dist.barrier()  # until rank 0 has saved it
     model = sdser.MultiExitSER.from_pretrained(out).to(args.device)
     results = {"labels": labels, "args": vars(args), "seconds": round(time.time() - start, 1)}
     for split in ("test",) if args.final else ("dev", "test"):
@@ -221,25 +237,24 @@ def run(args: argparse.Namespace) -> None:
         report(results, log, out)
 
 
-def train_epoch(model, dataset, batches, optimizer, scheduler, args, first_step: int, title: str) -> dict[str, float]:
+def train_epoch(model, dataset, batches, optimizer, scheduler, args, title: str) -> dict[str, float]:
     """Trains one pass over the clips, in batches of indices; returns the mean loss and its parts."""
-    # A step must have the gradient of one large batch. For example, with --accumulate 2, a step has two batches, say of
-    # 5 and 3 clips. Of 2 processes, the first runs 3 and 2 of these clips, the second 2 and 1. Each of the four losses
-    # is a mean over its clips, so it counts by its share of the step, 3/8, 2/8, 2/8 and 1/8; and double, because
-    # DistributedDataParallel averages over the processes. One process without --accumulate multiplies by 1.
+    # A loss is a mean over the clips that one process runs of one batch. It is weighted by its share of the step's
+    # clips, so that a step has the gradient of one large batch, and by WORLD, because DistributedDataParallel divides
+    # by it. For example, with --accumulate 2, a step may have batches of 5 and 3 clips; of 2 processes, one runs 3 and
+    # 2 of them, the other 2 and 1: the shares are 3/8, 2/8, 2/8 and 1/8.
     model.train()
-    own = [batch[RANK::WORLD] for batch in batches]  # this process's clips of each batch
+    my_batches = [batch[RANK::WORLD] for batch in batches]
     # A process left without clips runs one anyway, with weight 0, because every process must join every step.
-    runs = [share or batch[:1] for share, batch in zip(own, batches)]
+    to_run = [mine or batch[:1] for mine, batch in zip(my_batches, batches)]
     class_weights = inverse_frequencies(dataset).to(args.device) if args.balanced else None
     sums, total_steps = Counter(), args.epochs * math.ceil(len(batches) / args.accumulate)
-    bar = progress(load(dataset, runs, args.workers), title, len(batches))
+    bar = progress(load(dataset, to_run, args.workers), title, len(batches))
     for i, (waveforms, lengths, targets) in enumerate(bar):
-        step = i // args.accumulate  # of this epoch
-        batches_of_step = batches[step * args.accumulate : (step + 1) * args.accumulate]
-        clips_in_step = sum(len(batch) for batch in batches_of_step)
-        # early on there is nothing to be learned from the teacher
-        ramp = min(1.0, (first_step + step) / (args.distill_warmup * total_steps)) if args.distill_warmup else 1.0
+        first = i - i % args.accumulate  # batch of this step
+        clips_in_step = sum(len(batch) for batch in batches[first : first + args.accumulate])
+        # early on there is nothing to be learned from the teacher; last_epoch counts the steps of the whole run
+        ramp = min(1.0, scheduler.last_epoch / (args.distill_warmup * total_steps)) if args.distill_warmup else 1.0
 
         with autocast(args):
             outputs = model(waveforms.to(args.device), lengths.to(args.device))
@@ -247,15 +262,14 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, first_step:
             outputs, targets.to(args.device), ramp * args.kl_weight, ramp * args.hint_weight, args.temperature,
             args.detach_teacher, class_weights,
         )  # fmt: skip
-        share_of_step = len(own[i]) / clips_in_step
-        (share_of_step * WORLD * loss).backward()
+        (len(my_batches[i]) / clips_in_step * WORLD * loss).backward()
         for name, value in {"loss": loss.detach(), **parts}.items():
-            sums[name] += value * len(own[i])  # on the device, read once an epoch
+            sums[name] += value * len(my_batches[i])
 
         if (i + 1) % args.accumulate == 0 or i + 1 == len(batches):
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm or math.inf)
             if not (loss + norm).isfinite():
-                names = ", ".join(dataset.clips[k].path for k in runs[i])
+                names = ", ".join(dataset.clips[k].path for k in to_run[i])
                 raise ValueError(f"loss or gradient not finite; try a smaller --lr or --dtype float32 (after {names})")
             optimizer.step()
             optimizer.zero_grad()
@@ -295,27 +309,35 @@ def make_optimizer(model: sdser.MultiExitSER, args, steps: int):
 
 
 def inverse_frequencies(dataset: "ClipDataset") -> Tensor:
-    """Returns weights (C,) of the classes, whose mean over the clips is 1."""
+    """Returns one weight per class, (C,); their mean over the clips is 1."""
     counts = Counter(clip.label for clip in dataset.clips)
     return torch.tensor([len(dataset.clips) / len(counts) / counts[label] for label in dataset.labels])
 
 
 def score(model: sdser.MultiExitSER, clips: list["Clip"], split: str, args) -> dict:
-    """Returns the scores of a split: {"exits": [{"exit": 2, "uar", ...}, ...]}, and of "fusion" if there are students
-    to fuse."""
+    """Returns {"exits": [{"exit": 2, "uar": 0.8, ...}, ...], "fusion": {...}}; fusion only of two students or more."""
     clips = [clip for clip in clips if clip.split == split]
-    logits = predict(model, clips, args.batch_size, args.workers)  # (exits, N, C)
     targets = torch.tensor([target_of(clip, model.labels) for clip in clips])
-    results = {"exits": [{"exit": exit, **sdser.scores(targets, row)} for exit, row in zip(model.exits, logits)]}
-    if len(logits) > 2:
-        results["fusion"] = sdser.scores(targets, sdser.fuse(logits[:-1]))
+    results = {"exits": []}
+    for exit, logits in answers(model.exits, predict(model, clips, args.batch_size, args.workers)).items():
+        row = sdser.scores(targets, logits)
+        if exit == "fusion":
+            results["fusion"] = row
+        else:
+            results["exits"].append({"exit": exit, **row})
     return results
+
+
+def answers(exits: list[int], logits: Tensor) -> dict[int | str, Tensor]:
+    """Names who answers, with what logits (N, C): each exit, and "fusion" of the students if there are two or more."""
+    rows = dict(zip(exits, logits))
+    return {**rows, "fusion": sdser.fuse(logits[:-1])} if len(exits) > 2 else rows
 
 
 def usable_device(name: str | None) -> str:
     """Returns the device asked for, by default cuda or else cpu; raises ValueError if it cannot be used here."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    with sdser.file_errors(f"--device {name}", "cannot be used here", "leave the flag out"):
+    with sdser.file_errors(f"--device {name}", "cannot be used here", "name another, for example cpu"):
         if name == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=name).item()
@@ -326,12 +348,13 @@ def computes_in_bfloat16(device: str) -> bool:
     """Tells whether a device has bfloat16 in hardware; where it is emulated, it is far slower than float32."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_bfloat16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # on a Mac, torch has no oneDNN
+    return device == "cpu" and has_bfloat16 is not None and has_bfloat16()
 
 
 # -- what a run writes ------------------------------------------------------------------------------------------------
 def save_epoch(out: Path, args, clips: list["Clip"], log: list[dict], best: bool, model, optimizer, scheduler) -> None:
-    """Writes everything that a run leaves; train_state.pt last: if the run dies before it, the epoch is repeated."""
+    """Writes an epoch's files, train_state.pt last: if the run dies before that is written, the epoch is repeated."""
     if len(log) == 1:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -375,10 +398,15 @@ def report(results: dict, log: list[dict], out: Path) -> None:
         for row in rows:
             print(f"{split:6} {row['exit']!s:>6}" + "".join(f"  {row[name]:8.3f}" for name in names))
     print(f"\nin {out}: config.json, model.safetensors, results.json, log.jsonl, split.csv, train_state.pt")
-    print(f"next: python evaluate.py {shlex.quote(str(out))}")
+    print(f"next: python evaluate.py {quote(out)}")
 
 
-# -- where a clip comes from: a folder of a known corpus, a manifest, synthetic voices --------------------------------
+def quote(path) -> str:
+    """Quotes a path for the shell of this system."""
+    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
+
+
+# -- clips: from a folder of a known corpus, or from a manifest -------------------------------------------------------
 class Clip(NamedTuple):
     path: str
     label: str
@@ -418,8 +446,6 @@ CORPORA = {
                "sor": "surprise", "neu": "neutral"}),
     "URDU": (r"(?P<speaker>S[MF]\d+)_F\d+_(?P<label>[A-Z])\d+",
              {"A": "anger", "H": "happiness", "N": "neutral", "S": "sadness"}),
-    "synthetic": (r"(?P<speaker>voice\d\d)-(?P<label>[a-z]+)-\d\d",
-                  {"anger": "anger", "fear": "fear", "happiness": "happiness", "sadness": "sadness"}),
 }  # fmt: skip
 BATCH_SECONDS = 96  # of padded audio that is scored at once, as in a training batch of 16 clips of 6 s
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
@@ -429,14 +455,14 @@ SPLITS = ("train", "dev", "test")
 def load_corpus(source) -> list[Clip]:
     """Lists the clips of a corpus, each once, with a split only where a manifest gives one; no audio is read.
 
-    source: "synthetic", a folder of one of CORPORA, recognised by its file names, or a CSV or TSV manifest. Raises
-    FileNotFoundError or ValueError, naming the file and line and what would be right.
+    source: a folder of one of CORPORA, recognised by its file names, or a CSV or TSV manifest. Raises FileNotFoundError
+    or ValueError, naming the file and line and what would be right.
     """
-    source = make_synthetic() if source == "synthetic" else os.fspath(source)
+    source = os.fspath(source)
     if os.path.isdir(source):
         return read_folder(source)
     if not os.path.isfile(source):
-        raise FileNotFoundError(f"{source}: no such folder or manifest; give one, or synthetic")
+        raise FileNotFoundError(f"{source}: no such folder or manifest; give one by --data")
     with sdser.file_errors(source, "not a manifest", "give a CSV or TSV with columns path, label (and speaker)"):
         return read_manifest(source)
 
@@ -461,7 +487,7 @@ def read_folder(folder: str) -> list[Clip]:
         if match["label"] not in meaning:
             raise ValueError(f"{path}: unknown emotion {match['label']!r}; {corpus} has {', '.join(meaning)}")
         speaker = "OAF" if match["speaker"] == "OA" else match["speaker"]  # a few files of TESS
-        recording = (path.stem, speaker)  # these corpora name every recording differently
+        recording = (path.stem, speaker)  # these corpora give every recording its own name
         if recording in clips:
             copies.append(f"{path} and {clips[recording].path}")
         else:
@@ -483,6 +509,10 @@ def read_manifest(manifest: str) -> list[Clip]:
         names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
         if not {"path", "label"} <= set(names):
             raise ValueError(f"the first line reads {header.strip()!r}")
+        parts = [name for name in names if name.lower() in ("start", "end", "offset", "duration")]
+        if parts:
+            advice = "cut the segments into files of their own first, as docs/corpora.md shows"
+            raise ValueError(f"{manifest}: has a column {parts[0]}, but clips are read whole; {advice}")
         clips, repeated = {}, []
         reader = csv.reader(file, delimiter=delimiter)
         for row in reader:
@@ -507,79 +537,39 @@ def read_manifest(manifest: str) -> list[Clip]:
     return list(clips.values())
 
 
-# -- synthetic speech -------------------------------------------------------------------------------------------------
-# How an emotion moves a voice: its pitch, and that pitch's way from start to end, in semitones; its tempo in syllables
-# per second; the power by which harmonics fall off; the noise beside the voice.
-PROSODY = {
-    #            pitch contour tempo fall  breath
-    "anger":     (+2.0,  -8.0,  5.0,  0.4,  0.02),
-    "fear":      (+5.0,  +1.0,  6.5,  0.9,  0.08),
-    "happiness": (+3.0,  +8.0,  4.0,  0.7,  0.02),
-    "sadness":   (-2.5,  -2.0,  2.7,  1.4,  0.05),
-}  # fmt: skip
-VOWELS = [(730, 1090, 2440), (270, 2290, 3010), (300, 870, 2240), (530, 1840, 2480), (570, 840, 2410)]  # formants, Hz
-
-
-def synthesize(prosody: tuple, pitch: float, size: float, rng: np.random.Generator) -> np.ndarray:
-    """Syllables of one vowel, (T,) float32, 1.0 to 1.6 s: harmonics of a moving pitch, louder near a formant.
-
-    prosody: a row of PROSODY; pitch: the speaker's mean, Hz; size: the speaker's formants relative to VOWELS.
-    """
-    raised, contour, tempo, fall, breath = prosody
-    seconds = rng.uniform(1.0, 1.6)
-    t = np.arange(int(seconds * sdser.SAMPLE_RATE)) / sdser.SAMPLE_RATE
-    semitones = raised + rng.normal(0, 1) + contour * rng.uniform(0.5, 1.5) * (t / seconds - 0.5)
-    hertz = pitch * 2 ** (semitones / 12)
-    phase = 2 * np.pi * np.cumsum(hertz) / sdser.SAMPLE_RATE
-    formants, fall, voice = size * np.array(VOWELS[rng.integers(len(VOWELS))]), fall + rng.normal(0, 0.2), 0.0
-    for harmonic in range(1, 21):
-        gain = sum(1 / (1 + ((harmonic * hertz - formant) / 150) ** 2) for formant in formants)
-        voice += harmonic**-fall * gain * np.sin(harmonic * phase)
-    voice *= np.sin(np.pi * (tempo * rng.uniform(0.8, 1.2) * t + rng.uniform())) ** 2
-    return (0.5 * voice / np.abs(voice).max() + rng.normal(0, breath, len(t))).astype(np.float32)
-
-
-def make_synthetic(speakers: int = 12, clips: int = 24, seed: int = 0) -> str:
-    """Writes the synthetic corpus into the cache, once; returns its folder. The same seed gives the same samples."""
-    recipe = repr((speakers, clips, seed, PROSODY, VOWELS)) + inspect.getsource(synthesize)  # a change makes it again
-    cache = Path.home() / ".cache" / "sdser"
-    folder = cache / f"synthetic-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
-    if folder.is_dir():
-        return str(folder)
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as fresh:
-        for speaker in range(speakers):
-            rng = np.random.default_rng([seed, speaker])
-            pitch = (105 if speaker % 2 else 190) * 2 ** (rng.normal(0, 2) / 12)  # low and high voices, Hz
-            size = (0.95 if speaker % 2 else 1.1) * rng.uniform(0.94, 1.06)
-            for label, prosody in PROSODY.items():
-                for n in range(clips):
-                    path = Path(fresh, "wav", f"voice{speaker + 1:02}-{label}-{n + 1:02}.wav")
-                    path.parent.mkdir(exist_ok=True)
-                    soundfile.write(path, synthesize(prosody, pitch, size, rng), sdser.SAMPLE_RATE)
-        with contextlib.suppress(OSError):  # another process was first: the same files
-            os.replace(path.parent, folder)
-    return str(folder)
-
-
-# -- its split: by speaker, no speaker stands in two ------------------------------------------------------------------
+# -- splits: no speaker is in two of them -----------------------------------------------------------------------------
 def split_clips(clips: list[Clip], fold: tuple[int, int] = (1, 5), final: bool = False) -> list[Clip]:
-    """Gives every clip a split, by speaker, every label in each split; depends only on the clips and the fold.
+    """Gives every clip a split, by speaker; depends only on the clips and the fold.
 
     clips: splits of their own are kept. fold: (I, N), of N groups of speakers the I-th is test, the next one dev, the
-    rest train. final: dev trains too. Raises ValueError for too few speakers, a split without some label, a speaker in
-    two splits, or a clip with neither speaker nor split.
+    rest train. final: dev trains too. Raises ValueError for too few speakers, an empty split, a label that is not in
+    train, a speaker in two splits, or a clip with neither speaker nor split; warns of labels that dev or test lacks.
     """
+    hint = ""
     if not any(clip.split for clip in clips):
-        clips = deal_speakers(clips, *fold)
+        listed, clips = clips, deal_speakers(clips, *fold)
+        if any(missing_labels(clips, split) for split in SPLITS):
+            deals = {f"{i}/{fold[1]}": deal_speakers(listed, i, fold[1]) for i in range(1, fold[1] + 1)}
+            whole = [name for name in deals if not any(missing_labels(deals[name], split) for split in SPLITS)]
+            hint = f"; every split has every label with --fold {' or '.join(whole)}" if whole else ""
     if final:
         clips = [clip._replace(split="train") if clip.split == "dev" else clip for clip in clips]
-    check_splits(clips, ("train", "test") if final else SPLITS)
+    check_splits(clips, ("train", "test") if final else SPLITS, hint)
+    for split in ("test",) if final else ("dev", "test"):
+        missing = missing_labels(clips, split)
+        if missing:
+            means = f"its {sdser.METRIC.upper()} is a mean over the others"
+            warnings.warn(f"the {split} split lacks {', '.join(missing)}: {means}{hint}", stacklevel=2)
     return clips
 
 
+def missing_labels(clips: list[Clip], split: str) -> list[str]:
+    """Returns the labels that have no clip in a split."""
+    return sorted({clip.label for clip in clips} - {clip.label for clip in clips if clip.split == split})
+
+
 def deal_speakers(clips: list[Clip], index: int, count: int) -> list[Clip]:
-    """Deals speakers into `count` groups, the one with most clips first, each into the group with fewest so far."""
+    """Deals speakers into `count` groups: the one with the most clips first, into the group with the fewest so far."""
     sizes = Counter(clip.speaker for clip in clips)
     for clip in clips:
         if clip.speaker is None:
@@ -590,34 +580,35 @@ def deal_speakers(clips: list[Clip], index: int, count: int) -> list[Clip]:
     for speaker in sorted(sizes, key=lambda speaker: (-sizes[speaker], speaker)):
         group_of[speaker] = filled.index(min(filled))
         filled[group_of[speaker]] += sizes[speaker]
-    split_of = {index - 1: "test", index % count: "dev"}
+    split_of = {index - 1: "test", index % count: "dev"}  # index counts from 1, groups from 0; dev is the next group
     return [clip._replace(split=split_of.get(group_of[clip.speaker], "train")) for clip in clips]
 
 
-def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
-    """Raises ValueError unless each of the splits has every label, and no speaker is in two."""
-    split_of, labels_of = {}, defaultdict(set)
+def check_splits(clips: list[Clip], splits: tuple[str, ...], hint: str = "") -> None:
+    """Raises ValueError unless each of the splits has clips, train has every label, and no speaker is in two splits."""
+    split_of = {}
     for clip in clips:
         if clip.split is None:
             raise ValueError(f"{clip.path}: has no split while other clips have one; give all a split, or none")
-        labels_of[clip.split].add(clip.label)
         first = split_of.setdefault(clip.speaker, clip.split)
         if clip.speaker and first != clip.split:
-            raise ValueError(f"speaker {clip.speaker} is in two splits, {first} and {clip.split}; keep each in one")
+            advice = "keep each in one; to accept a corpus's own splits as they are, leave the column speaker out"
+            raise ValueError(f"speaker {clip.speaker} is in two splits, {first} and {clip.split}; {advice}")
     for split in splits:
-        missing = set().union(*labels_of.values()) - labels_of[split]
-        if missing:
-            names = ", ".join(sorted(missing))
-            raise ValueError(f"the {split} split lacks {names}; try another --fold, or leave labels out by --labels")
+        if not any(clip.split == split for clip in clips):
+            raise ValueError(f"the {split} split is empty; give each split some clips")
+    missing = ", ".join(missing_labels(clips, "train"))
+    if missing:
+        raise ValueError(f"the train split lacks {missing}; leave labels out by --labels{hint}")
 
 
-# -- its batch --------------------------------------------------------------------------------------------------------
+# -- batches ----------------------------------------------------------------------------------------------------------
 def load_data(args) -> tuple[list[str], list[Clip]]:
     """Returns the labels, and the clips with their splits, of files that can be read; prints the counts."""
     splits = ("train", "test") if args.final else SPLITS
     if args.resume:
         listed = os.path.join(args.out, "split.csv")
-        clips = look_at(load_corpus(listed), if_moved(listed))
+        clips = look_at(load_corpus(listed), listed)
     else:
         clips = load_corpus(args.data)
         if args.labels:
@@ -626,17 +617,17 @@ def load_data(args) -> tuple[list[str], list[Clip]]:
                 raise ValueError(f"--labels {' '.join(args.labels)}: give at least two of {', '.join(sorted(known))}")
             clips = [clip for clip in clips if clip.label in args.labels]
         clips = split_clips(clips, args.fold, args.final)
-        clips = look_at(clips, "--skip-bad goes on without them", args.skip_bad)
+        clips = look_at(clips, skip_bad=args.skip_bad)
         check_splits(clips, splits)  # bad clips may be left out
         clips = take_fraction(clips, args.label_fraction, args.seed)
-    for clip in clips:
-        if clip.split != "train" and clip.seconds > sdser.MAX_SECONDS:
-            raise ValueError(f"{clip.path}: {clip.seconds:.1f} s is over the limit of {sdser.MAX_SECONDS} s; cut it")
     counts = Counter(clip.label for clip in clips)
     labels = sorted(counts)
-    if len({label.casefold() for label in labels}) < len(labels):
-        warnings.warn(f"{args.data}: some labels differ in case alone: {', '.join(labels)}", stacklevel=2)
-    print(f"{args.data}: {', '.join(f'{label} {counts[label]}' for label in labels)}")
+    for kind, names in (("labels", labels), ("speakers", sorted({clip.speaker or "" for clip in clips}))):
+        spellings = Counter(name.casefold() for name in names)
+        same = [name for name in names if spellings[name.casefold()] > 1]
+        if same:
+            warnings.warn(f"{args.data}: some {kind} differ only in case: {', '.join(same)}", stacklevel=2)
+    print(f"{args.data.removeprefix(HERE)}: {', '.join(f'{label} {counts[label]}' for label in labels)}")
     for split in splits:
         part = [clip for clip in clips if clip.split == split]
         speakers = {clip.speaker for clip in part} - {None}
@@ -644,22 +635,21 @@ def load_data(args) -> tuple[list[str], list[Clip]]:
     return labels, clips
 
 
-def if_moved(split_csv: str) -> str:
-    """Returns what to do when a run's own clips are not where its split.csv says."""
-    return f"if the corpus has moved, change its paths: sed -i 's|OLD|NEW|' {shlex.quote(split_csv)}"
+def look_at(clips: list[Clip], listed: str | None = None, skip_bad: bool = False) -> list[Clip]:
+    """Fills in each clip's seconds, from its header; raises ValueError if a clip cannot be read.
 
-
-def look_at(clips: list[Clip], advice: str = "repair them, or leave them out", skip_bad: bool = False) -> list[Clip]:
-    """Fills in each clip's seconds, from its header; raises ValueError, with the advice, if a clip cannot be read.
-
-    skip_bad: decode every file whole, and leave out those that cannot be read, with a warning for each.
+    Files that are scored are decoded whole, since their faults must show before the training, not after it.
+    listed: the split.csv of the run that the clips belong to. skip_bad: decode every file whole, and leave out those
+    that cannot be read, with a warning for each.
     """
 
     def measure(clip):
         try:
             with sdser.open_audio(clip.path) as (_, sound):
                 seconds = sound.frames / sound.samplerate
-            if skip_bad:
+            if clip.split != "train" and seconds > sdser.MAX_SECONDS:
+                raise ValueError(f"{clip.path}: {seconds:.1f} s is over the limit of {sdser.MAX_SECONDS} s; cut it")
+            if skip_bad or clip.split != "train":
                 sdser.load_audio(clip.path)
             return clip._replace(seconds=seconds)
         except (OSError, ValueError) as error:
@@ -668,6 +658,9 @@ def look_at(clips: list[Clip], advice: str = "repair them, or leave them out", s
     with ThreadPoolExecutor(8) as pool:  # I/O-bound, so threads suffice
         found = list(progress(pool.map(measure, clips), "checking files", len(clips)))
     bad = [item for item in found if isinstance(item, Exception)]
+    advice = "repair them, or leave them out; train.py has --skip-bad"
+    if listed:
+        advice = f"if the corpus has moved, change its paths: sed -i 's|OLD|NEW|' {quote(listed)}"
     if bad and (not skip_bad or len(bad) == len(clips)):
         raise ValueError(f"{bad[0]} ({len(bad)} of {len(clips)} clips are bad; {advice})")
     for error in bad if RANK == 0 else []:
@@ -676,7 +669,7 @@ def look_at(clips: list[Clip], advice: str = "repair them, or leave them out", s
 
 
 def take_fraction(clips: list[Clip], share: float, seed: int) -> list[Clip]:
-    """Keeps all dev and test clips, and a share of each label's training clips; larger shares hold smaller ones."""
+    """Keeps all dev and test clips, and a share of each label's training clips; a larger share contains a smaller."""
     kept = {clip.path for clip in clips if clip.split != "train"}
     for label in {clip.label for clip in clips}:
         training = [clip.path for clip in clips if clip.split == "train" and clip.label == label]
@@ -711,15 +704,17 @@ class ClipDataset(Dataset):
         self.crop_seconds, self.seed = crop_seconds, seed
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        clip, start, seconds = self.clips[i], 0.0, self.tile_seconds or self.crop_seconds
-        if self.crop_seconds and not self.tile_seconds:
-            # seeded by clip, so that neither workers nor processes nor a resumed run change the crop
-            start = random.Random(f"{self.seed} {i}").random() * max(0.0, clip.seconds - seconds)
-        waveform = sdser.load_audio(clip.path, start, seconds)
+        clip = self.clips[i]
         if self.tile_seconds:
-            waveform = sdser.tile(waveform, round(seconds * sdser.SAMPLE_RATE))
+            waveform = sdser.load_audio(clip.path, 0.0, self.tile_seconds)
+            waveform = sdser.tile(waveform, round(self.tile_seconds * sdser.SAMPLE_RATE))
         elif self.crop_seconds:
-            waveform = waveform[: round(seconds * sdser.SAMPLE_RATE)]
+            # seeded by clip, so that neither workers nor processes nor a resumed run change the crop
+            start = random.Random(f"{self.seed} {i}").random() * max(0.0, clip.seconds - self.crop_seconds)
+            waveform = sdser.load_audio(clip.path, start, self.crop_seconds)
+            waveform = waveform[: round(self.crop_seconds * sdser.SAMPLE_RATE)]
+        else:
+            waveform = sdser.load_audio(clip.path)
         return waveform, target_of(clip, self.labels)
 
 
@@ -746,13 +741,13 @@ def predict(model: sdser.MultiExitSER, clips: list[Clip], batch_size: int = 16, 
     model.eval()
     logits = torch.zeros(len(model.exits), len(clips), len(model.labels))
     seconds = [model.tile_seconds or clip.seconds for clip in clips]
-    batches = [[]]
-    for i in np.argsort(seconds, kind="stable").tolist():  # so i is the longest of its batch
-        full = len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > BATCH_SECONDS
-        if full and batches[-1]:
-            batches.append([])
-        batches[-1].append(i)
-    batches = batches[RANK::WORLD]
+    batches, batch = [], []
+    for i in np.argsort(seconds, kind="stable").tolist():  # sorted, so clip i is the longest so far
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * seconds[i] > BATCH_SECONDS):
+            batches.append(batch)
+            batch = []
+        batch.append(i)
+    batches = [*batches, batch][RANK::WORLD]
     loader = load(ClipDataset(clips, model.labels, model.tile_seconds), batches, workers)
     for batch, (waveforms, lengths, _) in zip(batches, progress(loader, "scoring", len(batches))):
         outputs = model(waveforms.to(model.backbone.device), lengths.to(model.backbone.device))
@@ -774,16 +769,23 @@ def progress(steps, title: str, total: int) -> tqdm:
 def script(when_interrupted: str = "interrupted"):
     """Ends a script as its user expects: an error is one sentence and status 2, Ctrl-C is status 130."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    if hasattr(sys.stdout, "reconfigure"):  # for log files, and for consoles that lack some letters
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     if WORLD > 1:
         sys.stdout = sys.stdout if RANK == 0 else None
-        dist.init_process_group()
+        on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")  # sums are on the CPU, gradients maybe not
     try:
         yield
     except KeyboardInterrupt:
         print(when_interrupted, file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError) as error:
+    except Exception as error:
         sentence = str(error).strip().rpartition("\n")[2]  # a loading process's error ends a traceback
+        if "out of memory" in str(error) or "can't allocate memory" in str(error):
+            sentence = "out of memory; training takes less with a smaller --batch-size and --accumulate, or --seconds"
+        elif not isinstance(error, (ValueError, OSError)):
+            raise
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
     if WORLD > 1:
@@ -792,7 +794,7 @@ def script(when_interrupted: str = "interrupted"):
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    resume = f"python train.py --resume --out {shlex.quote(args.out)}"
+    resume = f"python train.py --resume --out {quote(args.out)}"
     with script(f"interrupted: {resume} continues after the last epoch printed, if any"):
         run(args)
 

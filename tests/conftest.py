@@ -1,11 +1,11 @@
 import json
 import os
+import warnings
 from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models this small a second thread costs more than it gains
 
-import numpy as np
 import pytest
 import soundfile
 import torch
@@ -37,16 +37,41 @@ except (ImportError, OSError, RuntimeError) as error:
 resamples = pytest.mark.skipif(bool(problem), reason=problem)  # for tests of files that are not at 16 kHz
 
 
-def build(layout="wav2vec2-base", exits=(1, 2, 4), head="gru", **changes) -> sdser.MultiExitSER:
+def build(layout="wav2vec2-base", exits=(1, 2, 4), head="gru", tile_seconds=None, **changes) -> sdser.MultiExitSER:
     """A tiny model of a layout, in evaluation mode; its random weights depend on torch's seed."""
     config = LAYOUTS[layout].to_dict() | {"do_normalize": True} | changes
-    return sdser.MultiExitSER(LABELS, config, list(exits), head).eval()
+    return sdser.MultiExitSER(LABELS, config, list(exits), head, tile_seconds).eval()
+
+
+def write(path, text="", encoding="utf-8") -> Path:
+    """Writes a file, and the folders that it needs; returns its path."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(text.encode(encoding))
+    return Path(path)
+
+
+def refuses(named, call, *args, **kwargs) -> None:
+    """The call must raise a ValueError, in one sentence that matches `named`."""
+    with pytest.raises(ValueError, match=named) as refusal:
+        call(*args, **kwargs)
+    assert "\n" not in str(refusal.value)
 
 
 def read_run(out) -> tuple[dict, list[dict]]:
     """What a training run has written: its results, and its log by epoch."""
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return json.loads((out / "results.json").read_text(), parse_constant=pytest.fail), log  # Infinity, NaN: no JSON
+
+
+def readable(path, read, *args) -> bool:
+    """Whether the file could be read; fails unless the refusal is one sentence that names the file."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            read(*args, path)
+    except (ValueError, FileNotFoundError) as error:
+        assert str(path) in str(error) and "\n" not in str(error), error
+        return False
+    return True
 
 
 @pytest.fixture
@@ -70,30 +95,52 @@ def alone(tmp_path_factory, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
+@pytest.fixture
+def little_memory():
+    """Two gigabytes beyond what is in use, by Linux's means; no damaged file of half a second may need as much."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        yield
+        return
+    import resource
+
+    in_use = int(statm.read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 2 * 2**30, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
 @pytest.fixture(params=LAYOUTS)
 def layout(request):
     return request.param
 
 
 @pytest.fixture
-def real_speech() -> Path:
-    folder = Path(os.environ.get("SDSER_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no real speech in {folder}; set SDSER_TEST_DATA")
-    return folder
+def more_speech():
+    """Finds a folder of speech that does not come with the project, by its name; skips the test where it is absent."""
+
+    def find(name) -> Path:
+        folder = Path(os.environ.get("SDSER_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"), name)
+        if not folder.is_dir():
+            pytest.skip(f"no {folder}; SDSER_TEST_DATA names the folder that holds it")
+        return folder
+
+    return find
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
-    """A manifest of 36 short clips: 6 speakers, 2 emotions, 3 clips each."""
-    folder = tmp_path_factory.mktemp("corpus")
-    rng = np.random.default_rng(0)
-    rows = ["path,label,speaker"]
-    for speaker, label, n in product(range(6), ("anger", "sadness"), range(3)):
-        wave = train.synthesize(train.PROSODY[label], 100 + 20 * speaker, 1.0, rng)
-        name = f"{speaker}-{label}-{n}.wav"
-        soundfile.write(folder / name, wave[: 6000 + 1000 * n], 16000)
-        rows.append(f"{name},{label},s{speaker}")
+    """A manifest of 36 short pieces of real speech: 6 speakers, 2 emotions, 3 clips each."""
+    folder, clips = tmp_path_factory.mktemp("corpus"), train.load_corpus(train.DATA / "emodb")
+    rows, speakers = ["path,label,speaker"], sorted({clip.speaker for clip in clips})[:6]
+    for (i, speaker), label in product(enumerate(speakers), ("anger", "sadness")):
+        found = [clip.path for clip in clips if (clip.speaker, clip.label) == (speaker, label)][:3]
+        for n, path in enumerate(found):
+            waveform = sdser.load_audio(path)[4000 : 10_000 + 1000 * n]
+            name = f"{i}-{label}-{n}.wav"
+            soundfile.write(folder / name, waveform.numpy(), 16_000)
+            rows.append(f"{name},{label},s{i}")
     (folder / "all.csv").write_text("\n".join(rows))
     return folder / "all.csv"
 

@@ -12,8 +12,11 @@ import transformers.models.wav2vec2.modeling_wav2vec2  # noqa: F401
 
 import train
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["processes"])
+if "forkserver" in multiprocessing.get_all_start_methods():
+    CONTEXT = multiprocessing.get_context("forkserver")
+    CONTEXT.set_forkserver_preload(["processes"])
+else:  # on Windows
+    CONTEXT = multiprocessing.get_context("spawn")
 
 
 def start(target, *args) -> multiprocessing.Process:

@@ -5,9 +5,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+from conftest import refuses, write
 
 import train
+from train import Clip
 
 DOC = (Path(__file__).parents[1] / "docs" / "corpora.md").read_text(encoding="utf-8")
 BLOCKS = {
@@ -22,19 +26,14 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def run(section: str, manifest: str, changes: dict[str, str] | None = None) -> list[train.Clip]:
+def run(section: str, *changes: tuple[str, str]) -> list[Clip]:
     """Runs a section's block as its reader would, after changing what the text says may be changed."""
     [code] = BLOCKS[section]
-    for old, new in (changes or {}).items():
+    for old, new in changes:
         assert code.count(old) == 1, old
         code = code.replace(old, new)
     exec(compile(code, section, "exec"), {"__name__": "__main__"})
-    return train.load_corpus(manifest)
-
-
-def write(path: str, text: str = "", encoding: str = "utf-8") -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_bytes(text.encode(encoding))
+    return train.load_corpus(re.search(r'open\("(.+?)", "w"', code)[1])
 
 
 def speakers(clips) -> dict[str, set]:
@@ -44,14 +43,14 @@ def speakers(clips) -> dict[str, set]:
 # -- IEMOCAP ----------------------------------------------------------------------------------------------------------
 def write_dialog(dialog: str, turns: dict[str, str]) -> None:
     """A dialogue's labels, with the raters' own lines (one with a Latin-1 byte) between them."""
-    session = f"path/to/IEMOCAP/Session{dialog[4]}"
     text = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
     for turn, label in turns.items():
         text += f"[6.2901 - 8.2357]\t{dialog}_{turn}\t{label}\t[2.5000, 2.5000, 2.5000]\n"
         text += "C-E2:\tAnger;\t()\nC-E3:\tNeutral; Sadness;\t(ang\tblas\u00e9)\nA-E3:\tval 3; act 2; dom  2;\t()\n\n"
-    write(f"{session}/dialog/EmoEvaluation/{dialog}.txt", text, "latin-1")
+    folder = f"path/to/IEMOCAP/Session{dialog[4]}/dialog/EmoEvaluation"
+    write(f"{folder}/{dialog}.txt", text, "latin-1")
     for left_alone in (f"._{dialog}.txt", f"Categorical/{dialog}_e2_cat.txt"):  # macOS's shadows, one rater's labels
-        write(f"{session}/dialog/EmoEvaluation/{left_alone}", text.replace("_", "_X"), "latin-1")
+        write(f"{folder}/{left_alone}", text.replace("_", "_X"), "latin-1")
 
 
 def test_iemocap_holds_out_whole_sessions():
@@ -60,12 +59,12 @@ def test_iemocap_holds_out_whole_sessions():
         write_dialog(f"Ses0{n}F_impro01", turns)
         write_dialog(f"Ses0{n}M_script01_1b", {"F000": "exc", "M000": "neu", "M001": "xxx"})
     write_dialog("Ses01M_impro05a", {"M000": "fru", "M001": "fea", "F000": "sur", "F001": "dis"})
-    clips = run("IEMOCAP", "iemocap.csv")
+    clips = run("IEMOCAP")
     common = {"neutral": 10, "happiness": 10, "anger": 5, "sadness": 5}
     rare = {"frustration": 1, "fear": 1, "surprise": 1, "disgust": 1}
     assert Counter(clip.label for clip in clips) == common | rare
     path = "path/to/IEMOCAP/Session5/sentences/wav/Ses05M_script01_1b/Ses05M_script01_1b_F000.wav"
-    assert train.Clip(path, "happiness", "Ses05") in clips
+    assert Clip(path, "happiness", "Ses05") in clips
 
     four = [clip for clip in clips if clip.label in common]  # what --labels does
     folds = [speakers(train.split_clips(four, (fold, 5))) for fold in range(1, 6)]
@@ -79,11 +78,10 @@ def write_lists(corpus: str, fold: int, labels: dict[str, str], **lists: list[tu
     folder = f"path/to/EmoBox/data/{corpus}"
     write(f"{folder}/label_map.json", json.dumps(labels))
     for name, clips in lists.items():
-        lines = ""
-        for wav, emo in clips:
-            row = {"key": f"{corpus}-{Path(wav).stem}", "wav": f"downloads/{corpus}/{wav}", "emo": emo}
-            lines += json.dumps(row) + "\n"
-        write(f"{folder}/fold_{fold}/{corpus}_{name}_fold_{fold}.jsonl", lines)
+        rows = [
+            {"key": f"{corpus}-{Path(wav).stem}", "wav": f"downloads/{corpus}/{wav}", "emo": emo} for wav, emo in clips
+        ]
+        write(f"{folder}/fold_{fold}/{corpus}_{name}_fold_{fold}.jsonl", "\n".join(map(json.dumps, rows)))
 
 
 def test_emobox_takes_dev_from_the_training_sessions():
@@ -94,11 +92,10 @@ def test_emobox_takes_dev_from_the_training_sessions():
         turns[n] = [(f"{folder}/Ses0{n}F_impro04_F00{i}.wav", emo) for i, emo in enumerate(labels)]
     write_lists("iemocap", 1, labels, train=turns[5] + turns[4] + turns[3] + turns[2], test=turns[1])
     write_lists("iemocap", 2, labels, test=turns[2])
-    clips = train.split_clips(run("EmoBox", "emobox.csv"))
+    clips = train.split_clips(run("EmoBox"))
     assert speakers(clips) == {"train": {"Ses03", "Ses04", "Ses05"}, "dev": {"Ses02"}, "test": {"Ses01"}}
     assert Counter(clip.label for clip in clips) == {"Happy": 10, "Neutral": 5, "Angry": 5, "Sad": 5}
-    path = "path/to/EmoBox/downloads/iemocap/Session2/sentences/wav/Ses02F_impro04/Ses02F_impro04_F004.wav"
-    assert train.Clip(path, "Happy", "Ses02", "dev") in clips
+    assert Clip(f"path/to/EmoBox/downloads/iemocap/{turns[2][4][0]}", "Happy", "Ses02", "dev") in clips
 
 
 def test_emobox_without_speakers_takes_every_fourth_clip_of_a_label():
@@ -107,11 +104,10 @@ def test_emobox_without_speakers_takes_every_fourth_clip_of_a_label():
     test = [("wav/16a01Wa.wav", "anger"), ("wav/16a01Na.wav", "neutral")]
     labels = {"anger": "Angry", "Neutral": "Neutral"}  # the real map has no "neutral"
     write_lists("emodb", 2, labels, train=training, test=test)
-    changes = {r'r"Ses\d\d"': 'r""', '"iemocap", 1': '"emodb", 2'}
-    clips = train.split_clips(run("EmoBox", "emobox.csv", changes))
-    split = {Path(clip.path).stem: clip.split for clip in clips}
-    assert {name for name in split if split[name] == "dev"} == {"03a00Wa", "03a04Wa", "03a00Nc", "03a04Nc"}
-    assert {name for name in split if split[name] == "test"} == {"16a01Wa", "16a01Na"}
+    clips = train.split_clips(run("EmoBox", (r'r"Ses\d\d"', 'r""'), ('"iemocap", 1', '"emodb", 2')))
+    names = {split: {Path(clip.path).stem for clip in clips if clip.split == split} for split in train.SPLITS}
+    assert names["dev"] == {"03a00Wa", "03a04Wa", "03a00Nc", "03a04Nc"}
+    assert names["test"] == {"16a01Wa", "16a01Na"}
     assert Counter(clip.label for clip in clips) == {"Angry": 9, "neutral": 6}
     assert {clip.speaker for clip in clips} == {None}
 
@@ -125,47 +121,64 @@ def test_msp_podcast_leaves_unknown_speakers_empty():
             speaker = "Unknown" if n < 2 else f"{podcast}{n}"
             lines.append(f"MSP-PODCAST_000{podcast}_{n}.wav,{letter},2.2,4.0,2.6,{speaker},Male,{part}")
     write("path/to/MSP-Podcast/Labels/labels_consensus.csv", "\r\n".join(lines) + "\r\n", "utf-8-sig")
-    clips = train.split_clips(run("MSP-Podcast", "msp-podcast.csv"))
     eight = ["anger", "sadness", "happiness", "surprise", "fear", "disgust", "contempt", "neutral"]
-    for podcast, split in enumerate(train.SPLITS):
-        found = [clip for clip in clips if clip.split == split]
-        assert [clip.label for clip in found] == eight
-        assert [clip.speaker for clip in found] == [None, None, *(f"{podcast}{n}" for n in range(2, 8))]
-    assert len(clips) == 24
-    assert clips[0] == train.Clip("path/to/MSP-Podcast/Audios/MSP-PODCAST_0000_0.wav", "anger", None, "train")
+    assert train.split_clips(run("MSP-Podcast")) == [
+        Clip(f"path/to/MSP-Podcast/Audios/MSP-PODCAST_000{podcast}_{n}.wav", label, speaker, split)
+        for podcast, split in enumerate(train.SPLITS)
+        for n, label, speaker in zip(range(8), eight, [None, None, *(f"{podcast}{n}" for n in range(2, 8))])
+    ]
 
 
-# -- a folder for each label ------------------------------------------------------------------------------------------
-def test_a_folder_for_each_label():
-    expected = {
-        "anger/anna_01.wav": "anna", "anger/anna_02.WAV": "anna", "anger/ben/01.wav": "ben",
-        "anger/cleo/day_1/01.flac": "cleo", "neutral/anna_01.wav": "anna", "neutral/ben/01.wav": "ben",
-        "neutral/cleo_1_2.mp3": "cleo",
-    }  # fmt: skip
-    hidden = ("anger/._anna_01.wav", "anger/.trash/anna_07.wav", "__MACOSX/anger/._anna_01.wav", ".cache/anna_01.wav")
-    for name in (*expected, *hidden, "anger/notes_1.txt", "anna_readme.wav"):
-        write(f"path/to/folders/{name}")
-    clips = run("A folder for each label", "folders.csv")
-    assert sorted(clips, key=str) == sorted(
-        [train.Clip(f"path/to/folders/{name}", name.partition("/")[0], who) for name, who in expected.items()], key=str
-    )
+# -- folders ----------------------------------------------------------------------------------------------------------
+FOLDERS = {  # the label and speaker of each file; None for those to be left out
+    "A folder for each label": {
+        "folders/anger/anna_01.wav": ("anger", "anna"), "folders/anger/anna_02.WAV": ("anger", "anna"),
+        "folders/anger/ben/01.wav": ("anger", "ben"), "folders/anger/cleo/day_1/01.flac": ("anger", "cleo"),
+        "folders/neutral/anna_01.wav": ("neutral", "anna"), "folders/neutral/ben/01.wav": ("neutral", "ben"),
+        "folders/neutral/cleo_1_2.mp3": ("neutral", "cleo"), "folders/anger/._anna_01.wav": None,
+        "folders/anger/.trash/anna_07.wav": None, "folders/__MACOSX/anger/._anna_01.wav": None,
+        "folders/.cache/anna_01.wav": None, "folders/anger/notes_1.txt": None, "folders/anna_readme.wav": None,
+    },
+    "A folder for each speaker": {
+        "speakers/0001/Angry/train/0001_000351.wav": ("angry", "0001"), "speakers/0001/Angry/._0001_000351.wav": None,
+        "speakers/0001/Angry/notes.txt": None, "speakers/0001/Happy/0001_1.wav": ("happy", "0001"),
+        "speakers/0001/readme.wav": None, "speakers/bea/Amused/amused_1-28.wav": ("amused", "bea"),
+    },
+    "Several corpora together": {
+        "EMO-DB/wav/03a01Wa.wav": ("anger", "EMO-DB-03"), "EMO-DB/wav/08a01Tb.wav": ("sadness", "EMO-DB-08"),
+        "RAVDESS/Actor_03/03-01-05-01-01-01-03.wav": ("anger", "RAVDESS-03"),
+    },
+}  # fmt: skip
 
-    write("path/to/folders/anger/01.wav")  # does not tell who speaks
-    with pytest.raises(ValueError, match=r"anger/01\.wav"):
-        train.split_clips(run("A folder for each label", "folders.csv"))
 
-
-def test_several_corpora_together():
-    names = ["EMO-DB/wav/03a01Wa.wav", "EMO-DB/wav/08a01Tb.wav", "RAVDESS/Actor_03/03-01-05-01-01-01-03.wav"]
-    for name in names:
+@pytest.mark.parametrize("section", FOLDERS)
+def test_folders(section):
+    for name in FOLDERS[section]:
         write(f"path/to/{name}")
-    clips = run("Several corpora together", "joined.csv")
-    assert [(clip.path, clip.label, clip.speaker) for clip in clips] == [
-        (f"path/to/{names[0]}", "anger", "EMO-DB-03"), (f"path/to/{names[1]}", "sadness", "EMO-DB-08"),
-        (f"path/to/{names[2]}", "anger", "RAVDESS-03"),
-    ]  # fmt: skip
+    expected = [Clip(f"path/to/{name}", *found) for name, found in FOLDERS[section].items() if found]
+    assert sorted(run(section)) == sorted(expected)
 
 
-def test_every_block_has_been_run():
-    assert DOC.count("```python") == len(BLOCKS) == 5
-    assert all(f'run("{section}"' in Path(__file__).read_text(encoding="utf-8") for section in BLOCKS)
+def test_folders_that_do_not_tell_speakers_or_may_be_speakers():
+    write("path/to/folders/anger/01.wav")
+    refuses(r"anger/01\.wav", train.split_clips, run("A folder for each label"))
+    for name in ("anna/anger", "anna/joy", "ben/anger", "ben/joy"):
+        write(f"path/to/swapped/{name}/01.wav")
+    with pytest.raises(SystemExit, match="anger, joy"):
+        run("A folder for each label", ("path/to/folders", "path/to/swapped"))
+
+
+def test_segments_are_cut():
+    write("path/to/list.csv", "path,start,end,label,speaker\nlong.wav,0.5,1.25,joy,anna\nlong.wav,2,3,anger,ben\n")
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, 32_000)
+    soundfile.write("path/to/long.wav", samples, 8000, subtype="FLOAT")
+    refuses(r"start.*docs/corpora\.md", train.load_corpus, "path/to/list.csv")
+    clips = run("Segments of long recordings")
+    assert [(clip.label, clip.speaker) for clip in clips] == [("joy", "anna"), ("anger", "ben")]
+    for clip, (first, last) in zip(clips, ((4000, 10_000), (16_000, 24_000)), strict=True):
+        assert soundfile.read(clip.path)[0] == pytest.approx(samples[first:last], abs=1e-4)
+
+
+def test_every_block_is_run():
+    tested = {*FOLDERS, *re.findall(r'run\("(.+?)"', Path(__file__).read_text(encoding="utf-8"))}
+    assert DOC.count("```python") == len(BLOCKS) == 7 and tested == BLOCKS.keys()

@@ -5,119 +5,127 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import LABELS, build
+from conftest import LABELS, build, refuses
 from transformers import pipeline
 
 import benchmark_edge
 import evaluate
 import sdser
+import train
 
 needs_onnx = pytest.mark.skipif(not benchmark_edge.has_onnx(), reason="no onnx")
 
 
-def sharp(*args, **kwargs):
+def saved(folder, *args, **kwargs) -> sdser.MultiExitSER:
     """Random heads answer much the same to everything; larger weights make a mistake before them visible."""
     model = build(*args, **kwargs)
     for head in model.heads.values():
         head.classifier.weight.data *= 3
+    model.save_pretrained(folder)
     return model
 
 
-def refused(capsys, *flags) -> str:
-    with pytest.raises(SystemExit) as end:
-        benchmark_edge.main(list(map(str, flags)))
-    assert end.value.code == 2
-    return capsys.readouterr().err
+def export(run, path, exit, backend="fp32") -> None:
+    flags = [run, "--export", path, "--exit", exit, "--backend", backend, "--threads", 1]
+    benchmark_edge.main(list(map(str, flags)))
 
 
 # -- files to ship ----------------------------------------------------------------------------------------------------
-ALONE = """
-import json, sys, numpy, onnxruntime
-session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
-answers = [session.run(None, {"waveform": numpy.load(path)})[0].tolist() for path in sys.argv[2:]]
-assert not {"torch", "sdser"} & set(sys.modules)
-print(json.dumps([answers, json.loads(session.get_modelmeta().custom_metadata_map["labels"])]))
-"""
+def run_alone(folder, clip) -> tuple[str, list, list]:
+    """What the lines of docs/edge.md print for a clip, its probabilities, and the labels that they find in the .onnx.
 
-
-def run_alone(path, clips) -> tuple[list, list]:
-    """Returns what a process that imports neither torch nor this project makes of the clips; and the file's labels."""
-    for i, clip in enumerate(clips):
-        np.save(path.parent / f"{i}.npy", clip[None].numpy())
-    files = [path.name, *(f"{i}.npy" for i in range(len(clips)))]
-    return json.loads(subprocess.check_output([sys.executable, "-c", ALONE, *files], cwd=path.parent))
+    In a process that imports neither torch nor this project.
+    """
+    [code] = re.findall(r"```python\n(.*?)```", (train.DATA.parent / "docs" / "edge.md").read_text("utf-8"), re.DOTALL)
+    code += "import sys\nassert not {'torch', 'sdser'} & set(sys.modules)\n"
+    code += "print(json.dumps([probabilities.tolist(), labels]))"
+    soundfile.write(folder / "clip.wav", clip.numpy(), 16_000, subtype="FLOAT")
+    printed = subprocess.check_output([sys.executable, "-c", code], cwd=folder, text=True).splitlines()
+    return printed[0], *json.loads(printed[1])
 
 
 @needs_onnx
-@pytest.mark.parametrize(("backend", "head", "tolerance"), [
-    ("fp32", "gru", 1e-5), ("int8", "attention", 0.05),
-    pytest.param("fp32", "lstm", 1e-5, marks=pytest.mark.slow),
+@pytest.mark.parametrize(("backend", "head", "tolerance", "tile_seconds"), [
+    ("fp32", "gru", 1e-5, None), ("fp16", "attention", 0.005, 0.5), ("int8", "attention", 0.05, None),
+    pytest.param("fp32", "lstm", 1e-5, None, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_exported_files_stand_alone(tmp_path, backend, head, tolerance):
-    model, path = sharp(head=head), tmp_path / "model.onnx"
-    model.save_pretrained(tmp_path / "run")
-    flags = [str(tmp_path / "run"), "--export", str(path), "--exit", "2", "--backend", backend]
-    benchmark_edge.main(flags)
-    assert {file.name for file in tmp_path.iterdir()} == {"run", path.name}
-    clips = [torch.randn(samples) for samples in (720, 3000, 20_000)]
-    answers, labels = run_alone(path, clips)
-    assert labels == LABELS
-    for [answer], wanted in zip(answers, model.classify(clips, exit=2), strict=True):
-        assert answer == pytest.approx(list(wanted.probabilities.values()), rel=0, abs=tolerance)
-    if backend == "int8":  # two products of 7-bit weights and 8-bit inputs fit into 16 bits
-        import onnx
+def test_exported_files_stand_alone(tmp_path, backend, head, tolerance, tile_seconds):
+    """Also those of a model trained on tiles; they hold nothing of this machine, and nothing that runtimes refuse."""
+    import onnx
 
-        weights = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(path).graph.initializer]
+    model, path = saved(tmp_path / "run", head=head, tile_seconds=tile_seconds), tmp_path / "model.onnx"
+    export(tmp_path / "run", path, 2, backend)
+    assert {file.name for file in tmp_path.iterdir()} == {"run", path.name}
+    for samples in (720, 3000, 20_000):
+        clip = torch.randn(samples)
+        line, probabilities, labels = run_alone(tmp_path, clip)
+        [wanted] = model.classify(clip, exit=2)
+        assert dict(zip(labels, probabilities)) == pytest.approx(wanted.probabilities, rel=0, abs=tolerance)
+        assert labels == LABELS and (backend != "fp32" or line == f"{wanted.label} ({wanted.confidence:.2f})")
+    content, graph = path.read_bytes(), onnx.load(path).graph
+    assert b"site-packages" not in content and str(tmp_path).encode() not in content
+    assert "IsNaN" not in {node.op_type for node in graph.node}
+    halves = sum(np.prod(tensor.dims) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16)
+    assert (halves > 10_000) == (backend == "fp16")
+    if backend == "int8":  # two products of 7-bit weights and 8-bit inputs fit into 16 bits
+        scales = [tensor for tensor in graph.initializer if tensor.name.endswith("_scale") and tensor.dims]
+        assert max(np.prod(tensor.dims) for tensor in scales) == 256, "a scale for each channel"
+        weights = [onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer]
         weights = [weight for weight in weights if weight.dtype == np.int8 and weight.ndim == 2]
         assert len(weights) >= 12  # of two layers
         assert max(np.abs(weight.astype(int)).max() for weight in weights) in (63, 64)
 
 
-def test_a_folder_is_a_checkpoint_of_that_exit(tmp_path, capsys):
-    model = sharp()
-    model.save_pretrained(tmp_path / "run")
-    benchmark_edge.main([str(tmp_path / "run"), "--export", str(tmp_path / "small"), "--exit", "1"])
-    small, clip = sdser.MultiExitSER.from_pretrained(tmp_path / "small"), torch.randn(9000)
+def test_a_folder_is_a_checkpoint_of_that_exit(tmp_path, refused):
+    run, folder, clip = tmp_path / "run", tmp_path / "small", torch.randn(9000)
+    model = saved(run)
+    export(run, folder, 1)
+    assert "small" in refused(benchmark_edge, run, "--export", folder)  # holds files
+    small = sdser.MultiExitSER.from_pretrained(folder)
     assert small.exits == [1] and small.classify(clip)[0].probabilities == model.classify(clip, exit=1)[0].probabilities
-    assert "small" in refused(capsys, tmp_path / "run", "--export", tmp_path / "small")  # holds files
-    assert sdser.MultiExitSER.from_pretrained(tmp_path / "small").exits == [1]
 
 
-@needs_onnx
-def test_the_lines_for_a_device_run_the_onnx(tmp_path):
-    """Those of docs/edge.md, in a process that imports neither torch nor this project."""
-    model, doc = sharp(), (Path(__file__).parents[1] / "docs" / "edge.md").read_text(encoding="utf-8")
-    [block] = re.findall(r"```python\n(.*?)```", doc, re.DOTALL)
-    benchmark_edge.export(model, 2, "fp32", str(tmp_path / "model.onnx"))
-    soundfile.write(tmp_path / "clip.wav", 0.1 * np.random.default_rng(0).normal(size=9000), 16_000)
-    code = block + "import sys\nassert not {'torch', 'sdser'} & set(sys.modules)\n"
-    printed = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True)
-    [wanted] = model.classify(tmp_path / "clip.wav", exit=2)
-    assert printed == f"{wanted.label} ({wanted.confidence:.2f})\n"
-
-
-def test_the_pipeline_of_transformers_runs_an_exit_with_a_mean_head(tmp_path, layout):
-    model, clip, folder = sharp(layout, head="mean"), 0.1 * torch.randn(9000) + 0.1, str(tmp_path / "exit")
-    model.save_pretrained(tmp_path / "run")
+def test_the_pipeline_of_transformers_runs_an_exit_with_a_mean_head(tmp_path, layout, capsys):
+    """Also where the backbone's config asks for a weighted sum of layers, which this model does not have."""
+    run, folder, clip = tmp_path / "run", tmp_path / "exit", 0.1 * torch.randn(9000) + 0.1
+    model = saved(run, layout, head="mean", use_weighted_layer_sum=True)
     with pytest.warns(UserWarning, match="padding"):
-        benchmark_edge.main([str(tmp_path / "run"), "--export", folder, "--exit", "2", "--backend", "transformers"])
-    answers = pipeline("audio-classification", model=folder, top_k=None)(clip.numpy())
+        export(run, folder, 2, "transformers")
+    assert float(capsys.readouterr().out.partition("by more than ")[2].split()[0]) < 2e-6  # loaded back and compared
+    answers = pipeline("audio-classification", model=str(folder), top_k=None)(clip.numpy())
     [wanted] = model.classify(clip, exit=2)
     assert {row["label"]: row["score"] for row in answers} == pytest.approx(wanted.probabilities, abs=2e-6)
-    with pytest.raises(ValueError, match="gru"):  # transformers has mean heads alone
-        benchmark_edge.export(build(), 2, "transformers", folder)
+    refuses("gru", benchmark_edge.export, build(), 2, "transformers", folder)  # transformers has mean heads alone
 
 
-def test_exports_are_checked_on_the_checkpoints_test_clips(wav, tmp_path):
+def test_exports_are_checked_on_the_checkpoints_test_clips_or_else_on_real_speech(wav, tmp_path):
     wav(np.random.default_rng(0).normal(size=5000), "a.wav")
     (tmp_path / "split.csv").write_text("path,label,speaker,split\na.wav,joy,x,test\nb.wav,joy,y,train\n")
-    assert [clip.shape for clip in benchmark_edge.load_clips(str(tmp_path))] == [(1, 5000)]
+    clips, source = benchmark_edge.load_clips(str(tmp_path), LABELS)
+    assert [clip.shape for clip in clips] == [(1, 5000)] and "test split" in source
+    (tmp_path / "a.wav").unlink()
+    with pytest.warns(UserWarning, match=r"a\.wav"):  # and it is said why
+        clips, source = benchmark_edge.load_clips(str(tmp_path), LABELS)
+    first = sdser.load_audio(sorted((train.DATA / "emodb").glob("*.ogg"))[0])
+    assert len(clips) == 8 and source == "data/emodb" and np.array_equal(clips[0][0], first)
+
+
+def test_what_would_fail_later_is_refused_before_the_work(tmp_path, refused, monkeypatch):
+    """An .onnx that would be written without its weights, and a backend without its package."""
+    model = saved(tmp_path)
+    monkeypatch.setattr(benchmark_edge, "has_onnx", lambda: True)
+    monkeypatch.setattr(benchmark_edge, "export", Mock(side_effect=ValueError("at work")))
+    for spare, said in ((0, "at work"), (-1, "GiB")):
+        monkeypatch.setattr(benchmark_edge, "LARGEST_ONNX", 4 * evaluate.count_parameters(model, [4]) + spare)
+        assert said in refused(benchmark_edge, tmp_path, "--exits", 2, 4, "--backends", "torch", "onnxruntime")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install openvino" in refused(benchmark_edge, "no-checkpoint", "--backends", "openvino")
 
 
 @pytest.mark.parametrize("flags", [
@@ -125,11 +133,11 @@ def test_exports_are_checked_on_the_checkpoints_test_clips(wav, tmp_path):
     ["--backend", "bf16", "--export", "small"], ["--export", "model.pt2"], ["--export", "model.onnx"],
     ["--export", f"{__file__}/a.onnx"], ["--json", "/nonexistent/a.json"], ["--plot", "/nonexistent/a.png"],
 ])  # fmt: skip
-def test_what_cannot_be_written_is_refused_before_any_work(tmp_path, capsys, monkeypatch, flags):
+def test_what_cannot_be_written_is_refused_before_any_work(tmp_path, refused, monkeypatch, flags):
     """Even before the checkpoint, which is not there; nor is the package onnx."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.chdir(tmp_path)
-    assert flags[-1] in refused(capsys, "no-checkpoint", *flags)
+    assert flags[-1] in refused(benchmark_edge, "no-checkpoint", *flags)
     assert not any(tmp_path.iterdir())
 
 
@@ -137,11 +145,9 @@ def test_what_cannot_be_written_is_refused_before_any_work(tmp_path, capsys, mon
 @needs_onnx
 def test_benchmark_of_a_checkpoint(tmp_path):
     pytest.importorskip("matplotlib")
-    model, backends = sharp(), ["torch", "onnxruntime", "onnxruntime-int8"]
-    model.save_pretrained(tmp_path / "run")
-    flags = ["--exits", "2", "--seconds", "0.2", "0.3", "--threads", "1", "--rounds", "3", "--budget-ms", "60000"]
-    flags += ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png"), "--backends", *backends]
-    benchmark_edge.main([str(tmp_path / "run"), *flags])
+    model, backends = saved(tmp_path / "run"), ["torch", "onnxruntime", "onnxruntime-int8"]
+    flags = f"{tmp_path}/run --json {tmp_path}/a.json --plot {tmp_path}/a.png --exits 2 --seconds 0.2 0.3 --threads 1 "
+    benchmark_edge.main([*f"{flags} --rounds 3 --budget-ms 60000 --backends".split(), *backends])
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     wanted = [(backend, seconds) for backend in backends for seconds in (0.2, 0.3)]
@@ -155,6 +161,29 @@ def test_benchmark_of_a_checkpoint(tmp_path):
         assert int8 or 4 * parameters <= 1e6 * row["size_mb"] <= 4 * parameters + 300_000  # and a header, or a graph
         assert 20 < row["peak_rss_mb"] < 5000
     assert rows[2]["peak_rss_mb"] < rows[0]["peak_rss_mb"]  # without torch
+
+
+@pytest.mark.parametrize(("flags", "heads"), [("", ["attention", "mean"]), ("--head gru", ["gru", "mean"])])
+def test_medians_tails_and_heads(tmp_path, monkeypatch, flags, heads):
+    """p50 and p95 of made-up times; a built-in shape gets attention heads, as `fast` trains, or those asked for."""
+    times, largest_change = {("torch", 1, 0.1): list(range(1, 101))}, Mock(return_value=0.0)
+    monkeypatch.setattr(benchmark_edge, "measure", lambda runs, args: times)
+    monkeypatch.setattr(benchmark_edge, "largest_change", largest_change)
+    monkeypatch.setattr(benchmark_edge, "peak_megabytes", Mock(return_value=None))  # as where the system does not tell
+    flags += " --backbone tiny --exits 1 2 --seconds 0.1 --threads 1 --backends torch --json"
+    benchmark_edge.main([*flags.split(), str(tmp_path / "a.json")])
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [(row["exit"], row["p50_ms"], row["p95_ms"]) for row in rows] == [(1, 50.5, 95.05), (2, 50.5, 95.05)]
+    assert largest_change.call_args.args[0].head_kinds == heads
+
+
+@needs_onnx
+@pytest.mark.parametrize("threads", [1, 3])
+def test_an_onnx_runs_on_as_many_threads_as_asked_for(monkeypatch, threads):
+    session = Mock()
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    benchmark_edge.load_onnxruntime("a.onnx", threads)
+    assert session.call_args.args[1].intra_op_num_threads == threads
 
 
 def test_budget():

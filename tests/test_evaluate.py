@@ -1,5 +1,6 @@
 """The evaluation script: costs and intervals against independent counts, and the whole command on small runs."""
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import LABELS, build, read_run
+from conftest import LABELS, build, read_run, refuses, write
 
 import evaluate
 import sdser
 import train
+
+PLOT = ["--plot", "plots"] if importlib.util.find_spec("matplotlib") else []
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +25,7 @@ def trained(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name, fold, seed in ("fold1", "1/3", "0"), ("fold2", "2/3", "0"), ("other", "1/3", "1"):
         flags = ["--fold", fold, "--seed", seed, "--epochs", "2", "--batch-size", "4", "--out", str(folder / name)]
-        train.main(["--data", str(corpus), *flags])
+        train.main(["--data", str(corpus), "--backbone", "tiny", *flags])
     return folder
 
 
@@ -30,6 +33,7 @@ def trained(corpus, tmp_path_factory):
 def runs(trained, tmp_path, monkeypatch):
     """Two folds of a run, and another of the first fold; a copy for each test, since evaluation writes into them."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "DRAWS", 200)  # so that it takes less time
     return shutil.copytree(trained, tmp_path / "runs")
 
 
@@ -37,6 +41,10 @@ def call(*flags) -> dict:
     """What the command writes as JSON."""
     evaluate.main([*map(str, flags), "--json", "results.json"])
     return json.loads(Path("results.json").read_text())
+
+
+def uar(scored: evaluate.Scored, answers: torch.Tensor) -> float:
+    return sdser.unweighted_average_recall(scored.targets, answers, len(scored.model.labels))
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------
@@ -48,28 +56,24 @@ def test_costs_of_every_layout_and_head(layout):
     gate = 8 * d if layout.startswith("wavlm") else 0  # of the position bias
     layer = t * (4 * d * d + 2 * d * inner + 2 * t * d + gate)
     heads = {"gru": 6 * d * d, "lstm": 8 * d * d, "attention": 2 * d, "mean": 0}
+    passed = 0  # the heads on the way
     for k, kind in zip(model.exits, model.head_kinds):
-        total = before + k * layer + t * heads[kind] + 256 * (d + 3)
-        assert evaluate.count_macs(model, 32_000, k) == pytest.approx(total, rel=0.005)
+        head = t * heads[kind] + 256 * (d + 3)
+        passed += head
+        macs, with_all = (evaluate.count_macs(model, 32_000, k, on_the_way) for on_the_way in (False, True))
+        assert macs == pytest.approx(before + k * layer + head, rel=0.005)
+        assert with_all - macs == pytest.approx(passed - head, rel=0.01)
         assert evaluate.count_parameters(model, [k]) == sum(p.numel() for p in model.truncate(k).parameters())
-
-
-def test_macs_of_tiles_and_of_heads_on_the_way():
-    model = build(head="gru")
-    short, long = evaluate.count_macs(model, 8000, 2), evaluate.count_macs(model, 16_000, 2)
-    head = 24 * 6 * 32**2 + 256 * (32 + 3)  # 24 frames, width 32, 3 classes
-    with_both = evaluate.count_macs(model, 8000, 2, heads_on_the_way=True)
-    assert with_both - short == pytest.approx(head, rel=0.01) and long > 2 * short
-    model.tile_seconds = 1.0
-    assert evaluate.count_macs(model, 8000, 2) == evaluate.count_macs(model, 30_000, 2) == long
+    model.tile_seconds = 2.0
+    assert evaluate.count_macs(model, 8000, 4) == evaluate.count_macs(model, 60_000, 4) == macs
 
 
 # -- intervals --------------------------------------------------------------------------------------------------------
-def made_up(wrong: float, speakers=12) -> evaluate.Scored:
-    """20 clips of each speaker, and answers of which a share is wrong."""
+def made_up(wrong: float) -> evaluate.Scored:
+    """20 clips of each of 12 speakers, and answers of which a share is wrong."""
     rng = np.random.default_rng(0)
-    targets = rng.integers(0, 3, 20 * speakers)
-    answers = np.where(rng.random(len(targets)) < wrong, (targets + 1) % 3, targets)
+    targets = rng.integers(0, 3, 240)
+    answers = np.where(rng.random(240) < wrong, (targets + 1) % 3, targets)
     clips = [train.Clip(f"{i}.wav", LABELS[target], f"s{i // 20}", "test") for i, target in enumerate(targets)]
     logits = torch.nn.functional.one_hot(torch.tensor(answers), 3).float().expand(3, -1, -1)
     return evaluate.Scored(build(), clips, torch.zeros(len(clips), dtype=int), logits)
@@ -98,7 +102,7 @@ def test_comparison_is_paired():
         assert row["difference"] == 0 and row["ci95"] == [0, 0]
     rows = evaluate.compare(good, bad)
     assert [row["exit"] for row in rows] == [1, 2, 4, "fusion"]
-    ours, theirs = (sdser.unweighted_average_recall(run.targets, run.logits[0].argmax(-1), 3) for run in (good, bad))
+    ours, theirs = (uar(run, run.logits[0].argmax(-1)) for run in (good, bad))
     for row in rows:
         assert row["difference"] == pytest.approx(ours - theirs)
         assert 0 < row["ci95"][0] < row["difference"] < row["ci95"][1]
@@ -111,22 +115,23 @@ def test_early_exit_and_fusion_by_hand():
     assert evaluate.exit_index(logits, 0.9).tolist() == [0, 1, 2, 2]
     assert evaluate.exit_index(logits, torch.tensor([0.9, 0.0, 0.9, 0.0])).tolist() == [0, 0, 2, 0]
     assert evaluate.exit_index(logits, logits[0, 0].softmax(-1).max().item())[0] == 0  # just reached
-    rows = evaluate.answers(evaluate.Scored(build(), [], torch.zeros(4), logits), 0.9)
-    rows = {exit: row.argmax(-1).tolist() for exit, row in rows.items()}
-    assert rows["early exit"] == [0, 1, 2, 0] and rows[4] == [0, 0, 2, 0]
-    assert rows["fusion"] == [0, 1, 0, 0]  # of exits 1 and 2
+    assert evaluate.early_logits(logits, 0.9).argmax(-1).tolist() == [0, 1, 2, 0]
+    rows = {exit: row.argmax(-1).tolist() for exit, row in train.answers([1, 2, 4], logits).items()}
+    assert rows[4] == [0, 0, 2, 0] and rows["fusion"] == [0, 1, 0, 0]  # of exits 1 and 2
+    # exit 1 is certain and wrong, even at a confidence of 1, where the deepest exit is right
+    targets, logits = torch.tensor([1]), torch.tensor([[[200.0, 0.0]], [[0.0, 1.0]]])
+    assert evaluate.lowest_threshold(targets, logits, 1.0) == 0.0
+    refuses("tolerance", evaluate.lowest_threshold, targets, logits, 0.5)
 
 
-@pytest.mark.parametrize("tolerance", ["0", "0.05", "1"])
+@pytest.mark.parametrize("tolerance", [0, 0.05, 1])
 def test_calibration_takes_the_lowest_threshold_within_tolerance(runs, tolerance):
     folds = [str(runs / "fold1"), str(runs / "fold2")]
     for fold, threshold in zip(folds, call(*folds, "--tolerance", tolerance)["thresholds"], strict=True):
-        dev, within = evaluate.load_and_score([fold], "dev", None, "cpu"), []
-        deepest = sdser.unweighted_average_recall(dev.targets, dev.logits[-1].argmax(-1), 2)
-        for step in range(101):
-            answers = evaluate.early_logits(dev.logits, step / 100).argmax(-1)
-            if sdser.unweighted_average_recall(dev.targets, answers, 2) >= deepest - float(tolerance):
-                within.append(step / 100)
+        dev = evaluate.load_and_score([fold], "dev", None, "cpu")
+        enough = uar(dev, dev.logits[-1].argmax(-1)) - tolerance
+        steps = [step / 100 for step in range(101)]
+        within = [step for step in steps if uar(dev, evaluate.early_logits(dev.logits, step).argmax(-1)) >= enough]
         assert threshold == within[0] == sdser.MultiExitSER.from_pretrained(fold).threshold
         assert {clip.split for clip in dev.clips} == {"dev"}
 
@@ -151,26 +156,9 @@ def test_early_exits_row_is_what_the_model_does(runs, monkeypatch):
     assert row["macs_per_second"] == pytest.approx(macs / 12 / seconds)
 
 
-def test_without_dev_clips_there_is_no_early_exit(runs):
-    """As after --final."""
-    split = runs / "fold1" / "split.csv"
-    split.write_text(split.read_text().replace(",dev", ",train"))
-    with pytest.warns(UserWarning):
-        results = call(runs / "fold1")
-    assert [row["exit"] for row in results["rows"]] == [1, 2, 4, "fusion"] and results["thresholds"] == []
-    assert sdser.MultiExitSER.from_pretrained(runs / "fold1").threshold is None
-
-
-def test_where_no_threshold_is_good_enough_none_is_kept():
-    """Exit 1 is certain and wrong, even at a confidence of 1, where the deepest exit is right."""
-    logits = torch.tensor([[[200.0, 0.0]], [[0.0, 1.0]]])
-    with pytest.raises(ValueError, match="tolerance"):
-        evaluate.lowest_threshold(torch.tensor([1]), logits, 0.5)
-    assert evaluate.lowest_threshold(torch.tensor([1]), logits, 1.0) == 0.0
-
-
 # -- the command ------------------------------------------------------------------------------------------------------
-def test_scores_equal_the_training_runs_and_folds_are_pooled(runs, monkeypatch):
+def test_scores_equal_the_training_runs_and_folds_are_pooled(runs, monkeypatch, refused):
+    """The JSON, which tells each clip's answers, is written before anything is printed."""
     folds = [runs / "fold1", runs / "fold2"]
     one, two, pooled = call(folds[0]), call(folds[1]), call(*folds)
     training, (*rows, early) = read_run(folds[0])[0]["test"], one["rows"]
@@ -184,40 +172,55 @@ def test_scores_equal_the_training_runs_and_folds_are_pooled(runs, monkeypatch):
         assert 0 < rows[0][name] < rows[1][name] < rows[3][name] < rows[2][name]
     assert (one["split"], one["clips"], one["speakers"], one["chance"]) == ("test", 12, 2, 0.5)
     assert (pooled["clips"], pooled["speakers"]) == (24, 4)
+    clips = [clip for fold in folds for clip in train.load_corpus(fold / "split.csv") if clip.split == "test"]
+    said = [(clip["path"], clip["speaker"], clip["label"]) for clip in pooled["predictions"]]
+    assert said == [(clip.path, clip.speaker, clip.label) for clip in clips]
     for row, first, second in zip(pooled["rows"], one["rows"], two["rows"], strict=True):
         assert np.array_equal(row["confusion"], np.add(first["confusion"], second["confusion"]))
+        right = [clip["answers"][str(row["exit"])] == clip["label"] for clip in pooled["predictions"]]
+        assert np.mean(right) == pytest.approx(row["accuracy"])
     monkeypatch.setattr(evaluate, "calibrate", lambda *_: [0.0, 1.0])  # each fold stops at its own threshold
-    assert call(*folds)["exit_share"] == {"1": 0.5, "2": 0, "4": 0.5}
+    monkeypatch.setattr(evaluate, "report", Mock(side_effect=BrokenPipeError(32, "Broken pipe")))
+    refused(evaluate, *folds, "--json", "own.json")
+    assert json.loads(Path("own.json").read_text())["exit_share"] == {"1": 0.5, "2": 0, "4": 0.5}
 
 
 def test_against_and_plots(runs, monkeypatch, refused):
-    pytest.importorskip("matplotlib")
-    alone = runs / "alone"  # an exit does not differ from the same exit cut out
-    sdser.MultiExitSER.from_pretrained(runs / "fold1").truncate(2).save_pretrained(alone)
-    shutil.copy(runs / "fold1" / "split.csv", alone)
-    results = call(runs / "fold1", "--against", alone, "--plot", "plots")
-    [row] = results["against"]
-    assert (row["exit"], row["difference"], row["ci95"]) == (2, 0, [0, 0])
-    files = sorted(Path("plots").iterdir())
-    assert [file.name for file in files] == ["confusion.png", "uar_against_cost.png"]
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
-    refused(evaluate, runs / "fold1", "--against", runs / "fold2")  # other clips
-    assert str(alone) in refused(evaluate, runs / "fold1", alone)  # not of one kind
+    """With a seed missing on one side the pairs would not be pairs; twice as many seeds are fine."""
+    one, two, other, alone, wider = (runs / name for name in ("fold1", "fold2", "other", "alone", "wider"))
+    model = sdser.MultiExitSER.from_pretrained(one)
+    model.truncate(2).save_pretrained(alone)
+    config = {**model.backbone.config.to_dict(), "intermediate_size": 64}
+    sdser.MultiExitSER(model.labels, config, model.exits, model.head_kinds).save_pretrained(wider)
+    for run in (alone, wider):  # not of one kind
+        shutil.copy(one / "split.csv", run)
+        assert str(run) in refused(evaluate, one, run)
+    assert [row["exit"] for row in call(one, other, "--against", one)["against"]] == [1, 2, 4, "fusion"]
+    for ours, theirs in (([one], [two]), ([one, two, other], [one, two])):  # other clips, or not as often
+        assert "equally often" in refused(evaluate, *ours, "--against", *theirs)
+    [row] = call(one, "--against", alone, *PLOT)["against"]
+    assert (row["exit"], row["difference"], row["ci95"]) == (2, 0, [0, 0]), "an exit equals the same exit cut out"
+    if PLOT:
+        [file] = Path("plots").iterdir()
+        assert file.name == "uar_against_cost.png" and file.read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert "matplotlib" in refused(evaluate, "no-checkpoint", "--plot", "plots")
 
 
 def test_another_corpus(runs, refused):
-    rng, rows = np.random.default_rng(0), ["path,label"]
+    rng, text = np.random.default_rng(0), "path,label"
     for i, label in enumerate(["anger", "sadness"] * 3):
         soundfile.write(f"{i}.wav", rng.normal(size=8000), 16_000)
-        rows.append(f"{i}.wav,{label}")
-    Path("new.csv").write_text("\n".join(rows))
-    results = call(runs / "fold1", "--data", "new.csv", "--against", runs / "other")
+        text += f"\n{i}.wav,{label}"
+    results = call(runs / "fold1", "--data", write("new.csv", text), "--against", runs / "other")
     assert (results["split"], results["clips"], results["speakers"]) == ("all", 6, None)
     assert len(set(evaluate.Scored(None, train.load_corpus("new.csv"), None, None).units)) == 6  # clips are drawn
-    Path("new.csv").write_text("\n".join(rows).replace("sadness", "grief"))
-    assert "grief" in refused(evaluate, runs / "fold1", "--data", "new.csv")
+    write("new.csv", text.replace("4.wav,anger", "4.wav,joy"))
+    with pytest.warns(UserWarning, match=r"new\.csv: left out 1 of 6 clips.*joy"):  # the rest is scored
+        results = call(runs / "fold1", "--data", "new.csv")
+    assert results["clips"] == 5 and results["labels"] == ["anger", "sadness"]
+    write("new.csv", "path,label\n0.wav,grief\n")
+    assert "new.csv" in refused(evaluate, runs / "fold1", "--data", "new.csv")
 
 
 def test_training_clips_are_not_scored(runs, corpus, tmp_path, refused):
@@ -225,28 +228,23 @@ def test_training_clips_are_not_scored(runs, corpus, tmp_path, refused):
 
     A third of the names and labels may be the same by chance, and a column of splits says that it is another corpus.
     """
-    run, moved = runs / "fold1", shutil.copytree(corpus.parent, tmp_path / "moved")
-    for path in moved.glob("*.wav"):
-        path.with_suffix(".WAV").write_bytes(path.read_bytes())
-    rows = corpus.read_text().splitlines()
-    (moved / "again.csv").write_text("\n".join(rows).replace(".wav", ".WAV"))
+    run, (header, *rows) = runs / "fold1", corpus.read_text().splitlines()
+    moved = write(tmp_path / "moved.csv", corpus.read_text().replace(".wav", ".WAV"))
     split = (run / "split.csv").read_text()
-    for text in (split, split.replace("/", "\\").replace("\\tmp", "C:\\tmp")):
-        (run / "split.csv").write_text(text)
-        for source in (corpus, moved / "again.csv"):
+    for text in (split.replace("/", "\\").replace("\\tmp", "C:\\tmp"), split):
+        write(run / "split.csv", text)
+        for source in (corpus, moved):
             assert f"{source}: " in refused(evaluate, run, "--data", source)
-    (run / "split.csv").write_text(split)
-    for name, own, others, taken in (("a.csv", 6, 12, 18), ("b.csv", 7, 12, None)):
-        lines = [*rows[: own + 1], *(row.replace("-", "_", 1) for row in rows[-others:])]
-        for line in lines[1:]:
-            (moved / line.partition(",")[0]).write_bytes((moved / "0-anger-0.wav").read_bytes())
-        (moved / name).write_text("\n".join(lines))
-        if taken:
-            assert call(run, "--data", moved / name)["clips"] == taken
-        else:
-            assert name in refused(evaluate, run, "--data", moved / name)
-            (moved / name).write_text("\n".join([f"{lines[0]},split", *(f"{line},test" for line in lines[1:])]))
-            assert call(run, "--data", moved / name)["clips"] == own + others
+    for own in (6, 7):
+        lines = [*rows[:own], *(row.replace("-", "_", 1) for row in rows[-12:])]
+        for line in lines:
+            shutil.copy(corpus.parent / "0-anger-0.wav", tmp_path / line.partition(",")[0])
+        write("a.csv", "\n".join([header, *lines]))
+        if own == 6:
+            assert call(run, "--data", "a.csv")["clips"] == 18
+    assert "a.csv" in refused(evaluate, run, "--data", "a.csv")
+    write("a.csv", "\n".join([f"{header},split", *(f"{line},test" for line in lines)]))
+    assert call(run, "--data", "a.csv")["clips"] == 19
 
 
 def test_audio(runs, corpus, refused):
@@ -264,11 +262,21 @@ def test_audio(runs, corpus, refused):
         assert end.value.code == 0 and json.loads(Path("results.json").read_text())[0]["exit"] == exit
 
 
-def test_json_is_written_before_anything_is_printed(runs, monkeypatch, refused):
-    """Which fails where nobody reads it."""
-    monkeypatch.setattr(evaluate, "report", Mock(side_effect=BrokenPipeError(32, "Broken pipe")))
-    refused(evaluate, runs / "fold1", "--json", "results.json")
-    assert len(json.loads(Path("results.json").read_text())["rows"]) == 5
+def test_one_speaker_has_no_interval_and_without_dev_clips_there_is_no_early_exit(runs, capsys):
+    """As every fold of IEMOCAP, when it is not pooled with others; and as after --final."""
+    for name in ("fold1", "other"):
+        rows = (runs / name / "split.csv").read_text().replace(",dev", ",train").splitlines()
+        speaker = next(row for row in rows if row.endswith("test")).split(",")[2]
+        kept = [row for row in rows if not row.endswith("test") or f",{speaker}," in row]
+        write(runs / name / "split.csv", "\n".join(kept))
+    with pytest.warns(UserWarning, match="early exit is not calibrated"):
+        results = call(runs / "fold1", "--against", runs / "other", *PLOT)
+    assert [row["exit"] for row in results["rows"]] == [1, 2, 4, "fusion"] and results["thresholds"] == []
+    assert sdser.MultiExitSER.from_pretrained(runs / "fold1").threshold is None
+    assert results["speakers"] == 1 and all(row["uar_ci95"] is None for row in results["rows"])
+    assert all(row["ci95"] is None for row in results["against"])
+    printed = capsys.readouterr().out
+    assert printed.count("  -  ") >= len(results["rows"]) and printed.count("one speaker") == 1
 
 
 @pytest.mark.parametrize("flags", [["--json", "/nonexistent/a.json"], ["--plot", f"{__file__}/a"], ["--device", "fax"]])

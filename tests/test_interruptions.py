@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -15,6 +14,8 @@ from conftest import read_run
 
 import sdser
 
+resource = pytest.importorskip("resource", reason="signals and limits of Unix")
+
 
 def command(corpus, out, epochs: int) -> list:
     """What a person types: --resume once an epoch is saved, else the whole command, in an emptied folder."""
@@ -22,7 +23,8 @@ def command(corpus, out, epochs: int) -> list:
         return ["--resume", "--out", out]
     shutil.rmtree(out, ignore_errors=True)
     # crops, masks and dropout are in play, and epochs are short
-    return ["--data", corpus, "--batch-size", 8, "--seconds", 0.3, "--exits", 1, 2, "--epochs", epochs, "--out", out]
+    run = ["--data", corpus, "--backbone", "tiny", "--exits", 1, 2, "--epochs", epochs, "--out", out]
+    return [*run, "--batch-size", 8, "--seconds", 0.3]
 
 
 def finish(corpus, out, epochs) -> tuple:

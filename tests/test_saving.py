@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
+from pathlib import Path
 from unittest.mock import Mock
 
+import processes
 import pytest
 import torch
-from conftest import LABELS, LAYOUTS, build
-from transformers import AutoModel, Wav2Vec2FeatureExtractor, Wav2Vec2ForCTC, Wav2Vec2Model
+from conftest import LABELS, LAYOUTS, build, readable, refuses, write
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCTC, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
 import sdser
+import train
 
 WAVEFORM = torch.sin(torch.arange(8000) * 0.1)
 FILES = {"config.json", "model.safetensors", "README.md"}
@@ -32,21 +37,21 @@ def test_round_trip(layout, tmp_path, capfd):
     config = json.loads((tmp_path / "config.json").read_text())
     for name in config:  # what is missing is not made up; what else is there does not matter
         some = {key: value for key, value in config.items() if key != name}
-        (tmp_path / "config.json").write_text(json.dumps({**some, "note": "mine"}))
-        with pytest.raises(ValueError, match=str(tmp_path)):
-            sdser.MultiExitSER.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**config, "note": "mine"}))
+        write(tmp_path / "config.json", json.dumps({**some, "note": "mine"}))
+        refuses(str(tmp_path), sdser.MultiExitSER.from_pretrained, tmp_path)
+    write(tmp_path / "config.json", json.dumps({**config, "note": "mine"}))
     assert sdser.MultiExitSER.from_pretrained(tmp_path).labels == LABELS
 
 
-def test_saving_leaves_an_edited_model_card_links_devices_and_readable_files(tmp_path):
+def test_saving_leaves_an_edited_model_card_links_devices_pipes_and_readable_files(tmp_path):
     build().save_pretrained(tmp_path)
-    (tmp_path / "README.md").write_text("mine")
+    write(tmp_path / "README.md", "mine")
     (tmp_path / "link").symlink_to(tmp_path / "config.json")
-    sdser.replace_file(tmp_path / "link", "new")
-    sdser.replace_file("/dev/null", "new")
+    reader, writer = os.pipe()  # as standard output may be
+    for path in (tmp_path / "link", f"/dev/fd/{writer}", "/dev/null"):
+        sdser.replace_file(path, "new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "config.json").read_text() == "new"
-    assert not os.path.isfile("/dev/null")
+    assert os.read(reader, 9) == b"new" and not os.path.isfile("/dev/null")
     build().save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "link").stat().st_mode
@@ -59,50 +64,53 @@ def test_missing_checkpoint_is_named(name, tmp_path, monkeypatch):
         sdser.MultiExitSER.from_pretrained(name)
 
 
-def test_a_model_from_the_hub(tmp_path, monkeypatch):
-    model, download = build(), Mock(return_value=str(tmp_path))
-    model.save_pretrained(tmp_path)
+def test_to_the_hub_and_back(tmp_path, monkeypatch):
+    """By the mixin's own methods, with the Hub's answers made up."""
+    model, uploaded, api, download = build(), [], Mock(), Mock(return_value=str(tmp_path / "model"))
+    api.create_repo.return_value.repo_id = "me/model"
+    api.upload_folder.side_effect = lambda folder_path, **_: uploaded.append(set(os.listdir(folder_path)))
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Mock(return_value=api))
     monkeypatch.setattr(sdser, "snapshot_download", download)
+    model.push_to_hub("me/model")
+    assert api.upload_folder.call_args.kwargs["repo_id"] == "me/model"
+    model.save_pretrained(tmp_path / "model", push_to_hub=True, private=True)
+    assert uploaded == [FILES, FILES] and api.create_repo.call_args.kwargs["private"]
     assert answers(sdser.MultiExitSER.from_pretrained("me/model", revision="v1")) == answers(model)
     files = ["config.json", "model.safetensors"]  # no pickles
     download.assert_called_once_with("me/model", allow_patterns=files, revision="v1")
 
 
-def test_push_to_hub_uploads_what_save_pretrained_writes(monkeypatch):
-    """The mixin's own method, with the Hub's answers made up."""
-    uploaded, api = set(), Mock()
-    api.create_repo.return_value.repo_id = "me/model"
-    api.upload_folder.side_effect = lambda folder_path, **_: uploaded.update(os.listdir(folder_path))
-    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Mock(return_value=api))
-    build().push_to_hub("me/model")
-    assert api.upload_folder.call_args.kwargs["repo_id"] == "me/model" and uploaded == FILES
+def write_often(path, letter):
+    for _ in range(100):
+        sdser.replace_file(path, 300_000 * letter)
+
+
+def test_writers_of_one_file_do_not_disturb_each_other(tmp_path):
+    """Two processes write it a hundred times; whoever reads it meanwhile finds one of the two whole."""
+    path = tmp_path / "file"
+    writers = [processes.start(write_often, path, letter) for letter in "ab"]
+    while any(writer.is_alive() for writer in writers):
+        if path.exists():
+            assert path.read_text() in (300_000 * "a", 300_000 * "b")
+    assert [writer.exitcode for writer in writers] == [0, 0] and os.listdir(tmp_path) == ["file"]
 
 
 # -- pre-trained backbones --------------------------------------------------------------------------------------------
 def test_pre_trained_weights_are_used_in_float32(layout, tmp_path):
-    backbone = AutoModel.from_config(LAYOUTS[layout]).half()
-    backbone.save_pretrained(tmp_path)
-    model = sdser.MultiExitSER(LABELS, tmp_path, exits=[1, 3])
-    assert model.backbone.dtype == torch.float32 and model.backbone.config.do_normalize
-    assert all(module.training for module in model.modules())
-    for name, weights in model.backbone.state_dict().items():
-        if name != "masked_spec_embed":
-            assert torch.equal(weights, backbone.state_dict()[name].float()), name
-    model.save_pretrained(tmp_path / "mine")
-    for file in tmp_path.glob("*.*"):
-        file.unlink()  # a saved model needs its original backbone no more
-    assert answers(sdser.MultiExitSER.from_pretrained(tmp_path / "mine")) == answers(model)
-
-
-def test_checkpoints_of_speech_recognition_and_of_older_days_serve_too(tmp_path):
-    """As facebook/wav2vec2-base-960h; and weights that were pickled are read as data."""
-    ctc = Wav2Vec2ForCTC(LAYOUTS["wav2vec2-base"])
-    ctc.save_pretrained(tmp_path)
-    for pickled in (False, True):
-        weights = sdser.MultiExitSER(LABELS, tmp_path).backbone.state_dict()
-        assert all(torch.equal(value, ctc.wav2vec2.state_dict()[name]) for name, value in weights.items()), pickled
-        (tmp_path / "model.safetensors").unlink(missing_ok=True)
-        torch.save(ctc.state_dict(), tmp_path / "pytorch_model.bin")
+    """Also of speech recognition, as facebook/wav2vec2-base-960h, and pickled, as in older days: read as data."""
+    ctc = AutoModelForCTC.from_config(LAYOUTS[layout]).half()
+    ctc.base_model.save_pretrained(tmp_path / "plain")
+    for name in ("ctc", "pickled"):
+        ctc.save_pretrained(tmp_path / name)
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(ctc.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    for name in ("plain", "ctc", "pickled"):
+        model = sdser.MultiExitSER(LABELS, tmp_path / name, exits=[1, 3])
+        assert model.backbone.dtype == torch.float32 and model.backbone.config.do_normalize
+        assert all(module.training for module in model.modules())
+        for key, weights in model.backbone.state_dict().items():
+            if key != "masked_spec_embed":
+                assert torch.equal(weights, ctc.base_model.state_dict()[key].float()), (name, key)
 
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
@@ -113,7 +121,7 @@ def test_feature_extractor_decides_on_normalisation(tmp_path, name):
         assert sdser.MultiExitSER(LABELS, tmp_path).backbone.config.do_normalize
     extractor = Wav2Vec2FeatureExtractor(do_normalize=False).to_dict()
     processor = {"processor_class": "Wav2Vec2Processor", "feature_extractor": extractor}
-    (tmp_path / name).write_text(json.dumps(extractor if name.startswith("pre") else processor))
+    write(tmp_path / name, json.dumps(extractor if name.startswith("pre") else processor))
     model = sdser.MultiExitSER(LABELS, tmp_path)
     assert not model.backbone.config.do_normalize
     model.save_pretrained(tmp_path / "mine")
@@ -121,8 +129,60 @@ def test_feature_extractor_decides_on_normalisation(tmp_path, name):
     again.backbone.save_pretrained(tmp_path / "backbone")  # makes a backbone of one's own run
     for same in (again, sdser.MultiExitSER(LABELS, tmp_path / "backbone")):
         assert not same.backbone.config.do_normalize
-    with pytest.raises(ValueError, match=r"mine: .*backbone\.save_pretrained"):
-        sdser.MultiExitSER(LABELS, tmp_path / "mine")
-    (tmp_path / name).write_text('{"do_normalize": fal')
-    with pytest.raises(ValueError, match=str(tmp_path)):
-        sdser.MultiExitSER(LABELS, tmp_path)
+    refuses(r"mine: .*backbone\.save_pretrained", sdser.MultiExitSER, LABELS, tmp_path / "mine")
+    write(tmp_path / name, '{"do_normalize": fal')
+    refuses(str(tmp_path), sdser.MultiExitSER, LABELS, tmp_path)
+
+
+# -- damaged files, and files made to do harm --------------------------------------------------------------------------
+def save(kind, folder) -> tuple:
+    """Saves a whole one; returns what reads it, the folder coming last."""
+    if kind == "checkpoint":
+        build(head="mean").save_pretrained(folder)
+        return (sdser.MultiExitSER.from_pretrained,)
+    Wav2Vec2Model(LAYOUTS["wav2vec2-base"]).save_pretrained(folder)
+    return sdser.MultiExitSER, LABELS
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "backbone"])
+def test_damaged_checkpoints(tmp_path, kind, little_memory):
+    """Files that are gone or cut, a weight less, and configs that ask for other shapes, terabytes, or nonsense."""
+    read, config, weights = save(kind, tmp_path), tmp_path / "config.json", tmp_path / "model.safetensors"
+    assert readable(tmp_path, *read)
+    for path in (config, weights):
+        content = path.read_bytes()
+        for kept in (0, len(content) // 2, len(content) - 100):
+            path.write_bytes(content[:kept])
+            assert not readable(tmp_path, *read), (path, kept)
+        path.unlink()
+        assert not readable(tmp_path, *read), path
+        path.write_bytes(content)
+    tensors, text = load_file(weights), config.read_text()
+    for key, value in (("intermediate_size", 48), ("intermediate_size", 10**9), ("model_type", '"bert"')):
+        config.write_text(re.sub(rf'"{key}": [^,\n]*', f'"{key}": {value}', text))
+        assert config.read_text() != text and not readable(tmp_path, *read), (key, value)
+    config.write_text(text)
+    save_file({name: tensors[name] for name in sorted(tensors)[1:]}, weights, {"format": "pt"})
+    assert not readable(tmp_path, *read)
+
+
+class Bomb:
+    """Makes a folder if it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "train_state.pt"])
+def test_nothing_is_unpickled(tmp_path, monkeypatch, name, zipped):
+    """Wherever weights are read, a malicious pickle is refused and does not run."""
+    monkeypatch.chdir(tmp_path)
+    read = save("backbone" if name == "pytorch_model.bin" else "checkpoint", tmp_path)
+    if name == "train_state.pt":
+        read = (lambda out: train.run(train.parse_args(["--resume", "--out", str(out)])),)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"model": Bomb()}, name, _use_new_zipfile_serialization=zipped)
+    assert not readable(tmp_path, *read) and not Path("exploded").exists()
+    torch.load(name, weights_only=False)
+    assert Path("exploded").exists()  # the bomb works
