@@ -9,6 +9,7 @@ Read top to bottom: the flags, writing a file, running one, measuring, the repor
 
 import argparse
 import contextlib
+import ctypes
 import importlib.util
 import inspect
 import json
@@ -82,13 +83,12 @@ def export(model: sdser.MultiExitSER, exit: int, precision: str, path: str) -> N
     Raises ValueError for other pairs and for missing packages, saying what is possible.
     """
     check_export(precision, path, evaluate.count_parameters(model, [exit]))
-    small = model.truncate(exit).requires_grad_(False)
     if precision == "transformers":
-        write_transformers(small, path)
+        write_transformers(model.truncate(exit), path)
     elif Path(path).suffix:
-        write_onnx(small, path, precision)
+        write_onnx(model.truncate(exit).requires_grad_(False), path, precision)
     else:
-        small.save_pretrained(path)
+        model.truncate(exit).save_pretrained(path)
 
 
 def check_export(precision: str, path: str, weights: int = 0) -> None:
@@ -143,6 +143,8 @@ def write_onnx(small: sdser.MultiExitSER, path: str, precision: str) -> None:
                 node.metadata_props.clear()  # where in this machine's files each node comes from
         onnx_program.model.metadata_props["labels"] = json.dumps(small.labels)
         onnx_program.save(fresh)
+        del small, program, onnx_program  # each holds the weights
+        give_back_memory()
         if precision == "fp16":
             import onnx
             from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -155,6 +157,12 @@ def write_onnx(small: sdser.MultiExitSER, path: str, precision: str) -> None:
             types = dict(op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8, reduce_range=True)
             quantize_dynamic(fresh, fresh, per_channel=True, **types)
         sdser.replace_file(path, Path(fresh).read_bytes())
+
+
+def give_back_memory() -> None:
+    """Returns what has been freed to the system, which glibc would keep; does nothing elsewhere."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def write_transformers(small: sdser.MultiExitSER, path: str) -> None:
@@ -273,20 +281,20 @@ def peak_megabytes(load, path: str, threads: int, samples: int) -> float | None:
     return int(re.search(r"VmHWM:\s*(\d+)", done.stdout)[1]) / 1024  # os.wait4 would count the parent's memory too
 
 
-def measure(runs: dict, args) -> dict:
-    """Times an exit's files in turn, so that a drift hits all alike: {(backend, threads, seconds): [ms, ...]}."""
+def measure(runs: dict, threads: int, args) -> dict:
+    """Times an exit's files in turn, so that a drift hits all alike: {(backend, seconds): [ms, ...]}."""
+    torch.set_num_threads(threads)
     waveforms, rng, times = {}, np.random.default_rng(0), defaultdict(list)
     for seconds in args.seconds:
         waveforms[seconds] = (0.1 * rng.normal(size=(1, round(seconds * sdser.SAMPLE_RATE)))).astype(np.float32)
     for round_ in range(-2, args.rounds):  # the first two warm up
-        for (backend, threads), run in runs.items():
-            torch.set_num_threads(threads)
+        for backend, run in runs.items():
             run(waveforms[args.seconds[0]])  # its threads wake up
             for seconds, waveform in waveforms.items():
                 start = time.perf_counter()
                 run(waveform)
                 if round_ >= 0:
-                    times[backend, threads, seconds].append(1000 * (time.perf_counter() - start))
+                    times[backend, seconds].append(1000 * (time.perf_counter() - start))
             if backend != "torch":
                 time.sleep(0.05)  # its threads go on spinning for a while, at the cost of whatever comes next
     return times
@@ -297,27 +305,32 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
     clips, source = load_clips(args.checkpoint, model.labels)
     samples, rows = round(max(args.seconds) * sdser.SAMPLE_RATE), []
     for exit in train.progress(args.exits, "exits", len(args.exits)):
-        runs, facts = {}, {}
+        facts = {}
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps files that are in use
             for backend in args.backends:
                 load, ending, precision = BACKENDS[backend]
                 path = os.path.join(folder, f"{precision}{ending}")
+                give_back_memory()
                 if not os.path.exists(path):
                     export(model, exit, precision, path)
-                for threads in args.threads:
-                    runs[backend, threads] = load(path, threads)
                 facts[backend] = {
                     "peak_rss_mb": peak_megabytes(load, path, max(args.threads), samples),
                     "parameters": evaluate.count_parameters(model, [exit]),
                     "size_mb": megabytes(path),
-                    "max_probability_change": largest_change(model, exit, runs[backend, args.threads[0]], clips),
+                    "max_probability_change": largest_change(model, exit, load(path, args.threads[0]), clips),
                 }
-            times = measure(runs, args)
-        for (backend, threads, seconds), milliseconds in times.items():
-            p50, p95 = np.percentile(milliseconds, [50, 95])
-            macs = evaluate.count_macs(model, round(seconds * sdser.SAMPLE_RATE), exit)
-            rows.append({"exit": exit, "backend": backend, "seconds": seconds, "threads": threads, "p50_ms": p50,
-                         "p95_ms": p95, "macs": macs, **facts[backend]})  # fmt: skip
+            for threads in args.threads:
+                give_back_memory()
+                runs = {}
+                for backend in args.backends:
+                    load, ending, precision = BACKENDS[backend]
+                    runs[backend] = load(os.path.join(folder, f"{precision}{ending}"), threads)
+                for (backend, seconds), milliseconds in measure(runs, threads, args).items():
+                    p50, p95 = np.percentile(milliseconds, [50, 95])
+                    macs = evaluate.count_macs(model, round(seconds * sdser.SAMPLE_RATE), exit)
+                    rows.append({"exit": exit, "backend": backend, "seconds": seconds, "threads": threads,
+                                 "p50_ms": p50, "p95_ms": p95, "macs": macs, **facts[backend]})  # fmt: skip
+                del runs  # before the next are loaded
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, TypeError):
         name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]

@@ -60,7 +60,7 @@ PRESETS = {
     "distill_warmup":  (0.5,          0.5,          0.0,          0.5),
     "window":          ("natural",    "natural",    "tile",       "natural"),
     "seconds":         (2.0,          3.0,          5.984,        6.0),
-    "epochs":          (16,           10,           20,           20),
+    "epochs":          (12,           10,           20,           20),
     "batch_size":      (8,            16,           16,           16),
     "lr":              (5e-4,         2e-3,         3e-5,         5e-5),
     "head_lr":         (1e-3,         None,         None,         1e-3),       # None: as lr

@@ -23,9 +23,8 @@ PRE_LN = dict(feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=Tr
 NO_CHANCE = dict(hidden_dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, apply_spec_augment=False)
 NO_CHANCE |= dict(feat_proj_dropout=0.0, final_dropout=0.0)
 LAYOUTS = {}
-for config in (Wav2Vec2Config, HubertConfig, WavLMConfig):
-    LAYOUTS[f"{config.model_type}-base"] = config(**TINY)
-    LAYOUTS[f"{config.model_type}-large"] = config(**TINY, **PRE_LN)
+for kind in (Wav2Vec2Config, HubertConfig, WavLMConfig):
+    LAYOUTS |= {f"{kind.model_type}-base": kind(**TINY), f"{kind.model_type}-large": kind(**TINY, **PRE_LN)}
 LABELS = ["anger", "joy", "sadness"]
 
 try:
@@ -48,6 +47,22 @@ def write(path, text="", encoding="utf-8") -> Path:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_bytes(text.encode(encoding))
     return Path(path)
+
+
+def command(corpus, out, *flags) -> list[str]:
+    """Flags of train.py: by default a short run with the smallest backbone."""
+    flags = ["--data", corpus, "--backbone", "tiny", "--epochs", 2, "--batch-size", 4, "--out", out, *flags]
+    return list(map(str, flags))
+
+
+def fit(corpus, out, *flags) -> tuple[dict, list[dict]]:
+    """Runs train.py; returns what it has written."""
+    train.main(command(corpus, out, *flags))
+    return read_run(out)
+
+
+def speakers(clips) -> dict[str, set]:
+    return {split: {clip.speaker for clip in clips if clip.split == split} for split in train.SPLITS}
 
 
 def refuses(named, call, *args, **kwargs) -> None:
@@ -97,7 +112,7 @@ def alone(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def little_memory():
-    """Two gigabytes beyond what is in use, by Linux's means; no damaged file of half a second may need as much."""
+    """Two gigabytes beyond what is in use, by Linux's means; no damaged file of a second may need as much."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         yield
@@ -141,8 +156,7 @@ def corpus(tmp_path_factory) -> Path:
             name = f"{i}-{label}-{n}.wav"
             soundfile.write(folder / name, waveform.numpy(), 16_000)
             rows.append(f"{name},{label},s{i}")
-    (folder / "all.csv").write_text("\n".join(rows))
-    return folder / "all.csv"
+    return write(folder / "all.csv", "\n".join(rows))
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ FORMATS = {
 
 
 @pytest.mark.parametrize("ending", FORMATS)
-def test_formats(wav, ending, capfd):
-    """Each is read whole, as libsndfile alone does, and refused once its end is cut off."""
+def test_formats(wav, ending, capfd, little_memory):
+    """Each is read whole, as libsndfile alone does, and refused once its end is cut off; a damaged one may be both."""
     path = wav(tone(), f"clip.{ending}", **FORMATS[ending])
     assert train.look_at([train.Clip(str(path), "joy", None)])[0].seconds == 1.0
     waveform, content = sdser.load_audio(path), path.read_bytes()
@@ -37,6 +37,14 @@ def test_formats(wav, ending, capfd):
     for kept in (0, 0.01, 0.3, 0.5, 0.9):
         path.write_bytes(content[: int(kept * len(content))])
         refuses(str(path), sdser.load_audio, path)
+    rng, read = np.random.default_rng(0), set()
+    for _ in range(40):  # a few of the first hundred bytes changed; now and then also cut
+        damaged = bytearray(content)
+        for _ in range(rng.integers(1, 4)):
+            damaged[rng.integers(100)] = rng.choice([0, 255, 127, 128, rng.integers(256)])
+        path.write_bytes(damaged if rng.random() < 0.8 else damaged[: rng.integers(len(damaged))])
+        read.add(readable(path, sdser.load_audio))
+    assert read == {True, False}
 
 
 @resamples
@@ -89,24 +97,22 @@ def test_original_recordings_match_their_16_khz_twins(more_speech):
         twin = sdser.load_audio(twins / original.parent.name / f"{original.stem}.flac")
         clip = train.Clip(str(original), "joy", None)
         assert train.look_at([clip], skip_bad=True) == train.look_at([clip]), "else crops would differ"
-        size = min(len(ours), len(twin))
         assert abs(len(ours) - len(twin)) <= 2
-        assert torch.corrcoef(torch.stack([ours[:size], twin[:size]]))[0, 1] > 0.98
+        both = torch.nn.utils.rnn.pad_sequence([ours, twin])
+        assert torch.corrcoef(both.T)[0, 1] > 0.98
 
 
 @resamples
 def test_odd_files_are_read_whole_or_refused(more_speech):
     """By path and as file objects, by itself and through the first look."""
     odd = more_speech("odd")
-    seconds = {"gsm.wav": 2.0, "ok.wav": 2.0, "phone_plus44.wav": 2.0}
-    for name, expected in seconds.items():
+    for name in ("gsm.wav", "ok.wav", "phone_plus44.wav"):
         whole, part = sdser.load_audio(odd / name), sdser.load_audio(odd / name, 0.5, 1.0)
-        assert len(whole) / 16_000 == pytest.approx(expected, abs=0.01)
+        [looked] = train.look_at([train.Clip(str(odd / name), "joy", None)])
+        assert len(whole) / 16_000 == pytest.approx(2.0, abs=0.01) == looked.seconds
         with open(odd / name, "rb") as file:
             assert torch.equal(sdser.load_audio(file), whole)
         torch.testing.assert_close(part[1000:-1000], whole[9000 : 8000 + len(part) - 1000], atol=0.02, rtol=0)
-    looked = train.look_at([train.Clip(str(odd / name), "joy", None) for name in seconds])
-    assert [clip.seconds for clip in looked] == pytest.approx(list(seconds.values()), abs=0.01)
     for name in ("vbr_loud_first_noheader.mp3", "cbr_noheader.mp3", "unfinalised_data0.wav"):
         refuses(f"{name}: .*ffmpeg", sdser.load_audio, odd / name)
 
@@ -134,10 +140,8 @@ def test_headers_may_promise_a_few_milliseconds_or_what_programs_write_into_a_pi
     content = bytearray(path.read_bytes())
     content[4:8] = content[40:44] = declared.to_bytes(4, "little")
     path.write_bytes(content)
-    if sound:
-        assert len(sdser.load_audio(path)) == 16_000
-    else:
-        refuses(f"^{path}: ", sdser.load_audio, path)
+    assert readable(path, sdser.load_audio) == sound
+    assert not sound or len(sdser.load_audio(path)) == 16_000
 
 
 @resamples
@@ -165,21 +169,3 @@ def test_what_is_no_clip_is_refused(clip):
         with pytest.raises((ValueError, FileNotFoundError)) as refusal:
             model.classify(clips)
         assert "\n" not in str(refusal.value)
-
-
-def damaged(content: bytes, rng: np.random.Generator, head: int) -> bytes:
-    """A few of the first `head` bytes changed; now and then also cut."""
-    changed = bytearray(content)
-    for _ in range(rng.integers(1, 4)):
-        changed[rng.integers(min(head, len(changed)))] = rng.choice([0, 255, 127, 128, rng.integers(256)])
-    return bytes(changed if rng.random() < 0.8 else changed[: rng.integers(len(changed))])
-
-
-@pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3", "aiff"])
-def test_damaged_audio(wav, ending, little_memory):
-    rng, path, read = np.random.default_rng(0), wav(tone()[:8000], f"clip.{ending}"), set()
-    content = path.read_bytes()
-    for _ in range(40):
-        path.write_bytes(damaged(content, rng, 100))
-        read.add(readable(path, sdser.load_audio))
-    assert read == {True, False}

@@ -82,24 +82,18 @@ def test_exported_files_stand_alone(tmp_path, backend, head, tolerance, tile_sec
         assert max(np.abs(weight.astype(int)).max() for weight in weights) in (63, 64)
 
 
-def test_a_folder_is_a_checkpoint_of_that_exit(tmp_path, refused):
-    run, folder, clip = tmp_path / "run", tmp_path / "small", torch.randn(9000)
-    model = saved(run)
-    export(run, folder, 1)
-    assert "small" in refused(benchmark_edge, run, "--export", folder)  # holds files
-    small = sdser.MultiExitSER.from_pretrained(folder)
-    assert small.exits == [1] and small.classify(clip)[0].probabilities == model.classify(clip, exit=1)[0].probabilities
-
-
-def test_the_pipeline_of_transformers_runs_an_exit_with_a_mean_head(tmp_path, layout, capsys):
+def test_folders_run_here_and_in_the_pipeline_of_transformers(tmp_path, layout, capsys, refused):
     """Also where the backbone's config asks for a weighted sum of layers, which this model does not have."""
     run, folder, clip = tmp_path / "run", tmp_path / "exit", 0.1 * torch.randn(9000) + 0.1
-    model = saved(run, layout, head="mean", use_weighted_layer_sum=True)
+    [wanted] = saved(run, layout, head="mean", use_weighted_layer_sum=True).classify(clip, exit=2)
+    export(run, tmp_path / "small", 2)
+    assert "small" in refused(benchmark_edge, run, "--export", tmp_path / "small")  # holds files
+    small = sdser.MultiExitSER.from_pretrained(tmp_path / "small")
+    assert small.exits == [2] and small.classify(clip)[0].probabilities == wanted.probabilities
     with pytest.warns(UserWarning, match="padding"):
         export(run, folder, 2, "transformers")
     assert float(capsys.readouterr().out.partition("by more than ")[2].split()[0]) < 2e-6  # loaded back and compared
     answers = pipeline("audio-classification", model=str(folder), top_k=None)(clip.numpy())
-    [wanted] = model.classify(clip, exit=2)
     assert {row["label"]: row["score"] for row in answers} == pytest.approx(wanted.probabilities, abs=2e-6)
     refuses("gru", benchmark_edge.export, build(), 2, "transformers", folder)  # transformers has mean heads alone
 
@@ -166,8 +160,8 @@ def test_benchmark_of_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(("flags", "heads"), [("", ["attention", "mean"]), ("--head gru", ["gru", "mean"])])
 def test_medians_tails_and_heads(tmp_path, monkeypatch, flags, heads):
     """p50 and p95 of made-up times; a built-in shape gets attention heads, as `fast` trains, or those asked for."""
-    times, largest_change = {("torch", 1, 0.1): list(range(1, 101))}, Mock(return_value=0.0)
-    monkeypatch.setattr(benchmark_edge, "measure", lambda runs, args: times)
+    times, largest_change = {("torch", 0.1): list(range(1, 101))}, Mock(return_value=0.0)
+    monkeypatch.setattr(benchmark_edge, "measure", Mock(return_value=times))
     monkeypatch.setattr(benchmark_edge, "largest_change", largest_change)
     monkeypatch.setattr(benchmark_edge, "peak_megabytes", Mock(return_value=None))  # as where the system does not tell
     flags += " --backbone tiny --exits 1 2 --seconds 0.1 --threads 1 --backends torch --json"

@@ -22,9 +22,8 @@ def command(corpus, out, epochs: int) -> list:
     if (out / "train_state.pt").exists():
         return ["--resume", "--out", out]
     shutil.rmtree(out, ignore_errors=True)
-    # crops, masks and dropout are in play, and epochs are short
-    run = ["--data", corpus, "--backbone", "tiny", "--exits", 1, 2, "--epochs", epochs, "--out", out]
-    return [*run, "--batch-size", 8, "--seconds", 0.3]
+    flags = f"--backbone tiny --exits 1 2 --epochs {epochs} --batch-size 8"
+    return [*flags.split(), "--seconds", 0.3, "--data", corpus, "--out", out]  # with crops, masks and dropout
 
 
 def finish(corpus, out, epochs) -> tuple:
@@ -79,6 +78,7 @@ def test_killed_before_every_change_of_a_file(corpus, tmp_path):
         out, text = tmp_path / f"run{call}", tmp_path / f"run{call}.txt"
         processes.start(processes.run_until, call, command(corpus, out, 2), text).join()
         died = text.read_text().endswith("died\n")
+        assert text.read_text().count("  loss ") <= epochs_in(out), "an epoch that is told of is saved"
         if (out / "config.json").exists():
             sdser.MultiExitSER.from_pretrained(out)
         assert finish(corpus, out, 2) == expected

@@ -33,11 +33,6 @@ def cross_entropy(logits, weights=(1, 1, 1)):
     return -sum(weights[y] * np.log(row[y]) for row, y in zip(softmax(logits), TARGETS)) / 2
 
 
-def divergence(student, t):
-    teacher = softmax(LOGITS[2], t)
-    return (teacher * np.log(teacher / softmax(student, t))).sum() / 2
-
-
 @pytest.mark.parametrize(("alpha", "beta", "t", "weights"), [
     (1, 1, 1, None), (0.5, 2, 3, (0.5, 3.0, 2.0)), (0, 1, 1, None), (1, 0, 2, None),
 ])  # fmt: skip
@@ -46,7 +41,9 @@ def test_loss_is_the_equation(alpha, beta, t, weights):
     class_weights = torch.tensor(weights) if weights else None
     loss, parts = self_distillation_loss(outputs(), torch.tensor(TARGETS), alpha, beta, t, True, class_weights)
     *ces, ce = (cross_entropy(logits, weights or (1, 1, 1)) for logits in LOGITS)
-    kl = sum(t**2 * divergence(logits, t) for logits in LOGITS[:2]) / 2
+    teacher = softmax(LOGITS[2], t)
+    divergences = [(teacher * np.log(teacher / softmax(logits, t))).sum() / 2 for logits in LOGITS[:2]]
+    kl = t**2 * sum(divergences) / 2
     hint = ((EMBEDDINGS[:2] - EMBEDDINGS[2]) ** 2).mean()
     assert loss.item() == pytest.approx(ce + sum(ces) / 2 + alpha * kl + beta * hint, rel=1e-5)
     expected = dict(ce=ce, ce_students=sum(ces) / 2, kl=kl if alpha else 0, hint=hint if beta else 0)

@@ -7,16 +7,14 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import combinations
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LAYOUTS, NO_CHANCE, read_run
+from conftest import LAYOUTS, NO_CHANCE, command, fit, read_run, write
 from transformers import AutoModel
 
 import evaluate
@@ -24,40 +22,19 @@ import sdser
 import train
 from train import Clip
 
-ROOT = Path(__file__).parents[1]
-
-
-def command(corpus, out, *flags) -> list[str]:
-    """By default a short run with the smallest backbone."""
-    flags = ["--data", corpus, "--backbone", "tiny", "--epochs", 2, "--batch-size", 4, "--out", out, *flags]
-    return list(map(str, flags))
-
-
-def fit(corpus, out, *flags) -> tuple[dict, list[dict]]:
-    """Runs the script; returns what it has written."""
-    train.main(command(corpus, out, *flags))
-    return read_run(out)
-
-
-def resume(out, *flags) -> tuple[dict, list[dict]]:
-    train.main(["--resume", "--out", str(out), *flags])
-    return read_run(out)
+NAN = np.full(8000, np.nan, dtype=np.float32)  # in a file, its header is sound
 
 
 def with_splits(corpus, tmp_path, *more):
     """A manifest of the corpus with fixed splits, and more rows."""
     split = dict(zip("012345", ["train", "train", "train", "dev", "dev", "test"]))
     rows = [f"{corpus.parent}/{row},{split[row[0]]}" for row in corpus.read_text().splitlines()[1:]]
-    (tmp_path / "list.csv").write_text("\n".join(["path,label,speaker,split", *rows, *more]))
-    return tmp_path / "list.csv"
+    return write(tmp_path / "list.csv", "\n".join(["path,label,speaker,split", *rows, *more]))
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------
 def test_files_of_a_run(corpus, tmp_path, monkeypatch):
-    """In a thread, as behind a button of a web page; an epoch is a step. Distillation grows from nothing.
-
-    Test clips are scored once, after all others.
-    """
+    """In a thread, as behind a button of a web page. Distillation grows; test clips are scored once, at the end."""
     out, load_audio = tmp_path / "run", Mock(wraps=sdser.load_audio)
     monkeypatch.setattr(sdser, "load_audio", load_audio)
     flags = ["--epochs", 3, "--batch-size", 64, "--distill-warmup", 2 / 3]
@@ -67,7 +44,7 @@ def test_files_of_a_run(corpus, tmp_path, monkeypatch):
     assert {path.name for path in out.iterdir()} == {"README.md", *wanted}
     assert results["labels"] == ["anger", "sadness"] and results["args"]["preset"] == "scratch"
     assert [line["epoch"] for line in log] == [1, 2, 3]
-    for line, ramp in zip(log, (0, 0.5, 1)):
+    for line, ramp in zip(log, (0, 0.5, 1)):  # an epoch is a step
         distilled = ramp * (line["kl"] + line["hint"])
         assert line["loss"] == pytest.approx(line["ce"] + line["ce_students"] + distilled, rel=1e-4)
         assert (line["kl"] > 0) == (line["hint"] > 0) == (ramp > 0)
@@ -94,7 +71,7 @@ def test_seeds_and_epochs_decide_on_batches_crops_and_weights(corpus, tmp_path, 
     crops = [call.args[1][2][0].tolist() for call in train_epoch.mock_calls]  # of the third clip
     assert all(len(crop) == 0.2 * 16000 for crop in crops)
     for seen in (batches, crops):
-        assert seen[:2] == seen[2:4] and all(a != b for a, b in combinations(seen[2:], 2))
+        assert seen[:2] == seen[2:4] and len(set(map(str, seen))) == 4
 
 
 def test_a_folder_that_holds_something_is_not_written_to(tmp_path, refused):
@@ -109,7 +86,7 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path, refused):
 
 def test_labels_keep_their_clips_alone_and_final_trains_on_dev_too_to_the_last_epoch(corpus, tmp_path):
     manifest, out = with_splits(corpus, tmp_path), tmp_path / "run"
-    manifest.write_text(manifest.read_text().replace("2.wav,anger", "2.wav,joy"))
+    write(manifest, manifest.read_text().replace("2.wav,anger", "2.wav,joy"))
     results, log = fit(manifest, out, "--labels", "sadness", "anger", "--final", "--epochs", 3)
     assert results["labels"] == sdser.MultiExitSER.from_pretrained(out).labels == ["anger", "sadness"]
     assert "dev" not in results and [row["exit"] for row in results["test"]["exits"]] == [1, 2, 4]
@@ -122,7 +99,6 @@ def test_labels_keep_their_clips_alone_and_final_trains_on_dev_too_to_the_last_e
     assert all(torch.equal(value, kept[name]) for name, value in state["model"].items())
 
 
-@torch.no_grad()
 def test_predict_gives_files_in_any_order_what_each_gets_alone(wav):
     """Real speech of 1.4 to 9 s, and the shortest of clips."""
     model, shortest = sdser.MultiExitSER(["a", "b"], "small").eval(), wav(0.1 * torch.randn(401).numpy())
@@ -140,11 +116,7 @@ def test_scoring_holds_no_more_seconds_at_once_than_a_training_batch(monkeypatch
     """Long clips come in smaller batches, and nothing else changes."""
     model = sdser.MultiExitSER(["a", "b"], "tiny", tile_seconds=tile_seconds)
     clips = [Clip(str(i), "a", None, "test", seconds) for i, seconds in enumerate([30.0, 1.0, 40.0, 2.0] * 10)]
-
-    def load(dataset, batches, workers):
-        return [(torch.zeros(len(batch), 400), torch.full((len(batch),), 400), None) for batch in batches]
-
-    monkeypatch.setattr(train, "load", Mock(side_effect=load))
+    monkeypatch.setattr(train, "load", Mock(return_value=[]))
     train.predict(model, clips)
     seen = train.load.call_args.args[1]
     assert sorted(i for batch in seen for i in batch) == list(range(40))
@@ -167,7 +139,8 @@ def test_a_corpus_that_has_moved_is_found_by_its_new_paths(corpus, tmp_path, ref
     subprocess.run(sed, shell=True, check=True)
     for flag in (f"--data={new}/all.csv", "--lr=1"):  # the run's own count
         assert flag.partition("=")[0] in refused(train, "--resume", "--out", out, flag)
-    assert resume(out)[0]["test"] == results["test"]
+    train.main(["--resume", "--out", str(out)])
+    assert read_run(out)[0]["test"] == results["test"]
 
 
 def test_a_manifests_other_columns_stay_with_the_clip_and_may_be_the_truth(corpus, tmp_path, monkeypatch):
@@ -198,14 +171,13 @@ def weights_after_an_epoch(corpus, batch_size, *flags):
     torch.manual_seed(0)
     model = sdser.MultiExitSER(["anger", "sadness"], {**LAYOUTS["wav2vec2-base"].to_dict(), **NO_CHANCE}, [1, 4])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     batches = [list(range(8))[i : i + batch_size] for i in range(0, 8, batch_size)]
     dataset = train.ClipDataset(clips, model.labels, crop_seconds=args.seconds)
-    losses = train.train_epoch(model, dataset, batches, optimizer, scheduler, args, "")
+    losses = train.train_epoch(model, dataset, batches, optimizer, Mock(), args, "")
     return losses, model.state_dict()
 
 
-def test_accumulation_equals_one_large_batch(corpus):
+def test_accumulation_equals_one_large_batch_and_balanced_weights_are_inverse_frequencies(corpus):
     losses, large = weights_after_an_epoch(corpus, 8)
     for batch_size, accumulate in ((2, "4"), (3, "3")):  # 3, 3 and 2 clips: uneven
         same_losses, small = weights_after_an_epoch(corpus, batch_size, "--accumulate", accumulate)
@@ -213,23 +185,10 @@ def test_accumulation_equals_one_large_batch(corpus):
         torch.testing.assert_close(small, large, atol=1e-5, rtol=1e-4)
     _, separate = weights_after_an_epoch(corpus, 2)
     assert not torch.allclose(separate["heads.4.classifier.weight"], large["heads.4.classifier.weight"], atol=1e-4)
-
-
-def test_balanced_weights_are_inverse_frequencies(corpus):
     clips = train.load_corpus(corpus)[:8]  # 5 of anger, 3 of sadness
     weights = train.inverse_frequencies(train.ClipDataset(clips, ["anger", "sadness"]))
     assert weights.tolist() == pytest.approx([8 / 2 / 5, 8 / 2 / 3])
-    plain, balanced = (weights_after_an_epoch(corpus, 8, *flags)[0]["ce"] for flags in ([], ["--balanced"]))
-    assert plain != pytest.approx(balanced, rel=1e-3)
-
-
-def test_what_was_frozen_before_stays_so():
-    """As peft does."""
-    model = sdser.MultiExitSER(["a", "b"], "tiny")
-    convolutions = list(model.backbone.feature_extractor.parameters())
-    convolutions[0].requires_grad_(False)
-    train.make_optimizer(model, train.parse_args(["--no-freeze-cnn"]), 10)
-    assert not convolutions[0].requires_grad and convolutions[1].requires_grad
+    assert weights_after_an_epoch(corpus, 8, "--balanced")[0]["ce"] != pytest.approx(losses["ce"], rel=1e-3)
 
 
 def test_batches_hold_clips_of_similar_length_in_random_order():
@@ -245,18 +204,21 @@ def test_batches_hold_clips_of_similar_length_in_random_order():
     assert [i for batch in tiled for i in batch] == np.random.default_rng(1).permutation(200).tolist()
 
 
-@pytest.mark.parametrize(("preset", "expected"), [
-    ("fast", {0: 0.1, 9: 1.0, 54: 0.51, 99: 0.0}), ("paper", {0: 1.0, 99: 1.0}),
-])  # fmt: skip
-def test_learning_rate_warms_up_and_decays_or_stays(preset, expected):
-    args = train.parse_args(["--preset", preset])
-    optimizer, scheduler = train.make_optimizer(sdser.MultiExitSER(["a", "b"], "tiny"), args, steps=100)
+@pytest.mark.parametrize(("preset", "expected"), [("fast", {0: 0.1, 9: 1, 54: 0.51, 99: 0}), ("paper", {0: 1, 99: 1})])
+def test_learning_rate_warms_up_and_decays_or_stays_and_what_was_frozen_stays_so(preset, expected):
+    args, model = train.parse_args(["--preset", preset]), sdser.MultiExitSER(["a", "b"], "tiny")
+    first, second, *_ = model.backbone.feature_extractor.parameters()
+    first.requires_grad_(False)  # as peft does
+    optimizer, scheduler = train.make_optimizer(model, args, steps=100)
+    assert not first.requires_grad and second.requires_grad == (preset == "paper")
     rates = []
     for _ in range(100):
         rates.append(scheduler.get_last_lr()[0] / args.lr)
         optimizer.step()
         scheduler.step()
     assert {step: rates[step] for step in expected} == pytest.approx(expected, abs=0.02)
+    train.make_optimizer(model, train.parse_args(["--lr", "0", "--head-lr", "1e-3"]), 10)  # costs no gradients
+    assert {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"heads"}
 
 
 @pytest.mark.parametrize(("layout", "has_it", "flags", "dtype", "frozen"), [
@@ -268,7 +230,7 @@ def test_learning_rate_warms_up_and_decays_or_stays(preset, expected):
 def test_a_pre_trained_folder_trains_fast(corpus, tmp_path, monkeypatch, layout, has_it, flags, dtype, frozen):
     """With a frozen encoder, and in bfloat16 where the processor has it."""
     if has_it is None:  # on a Mac, torch is built without oneDNN, and the operator does not exist
-        monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+        monkeypatch.setattr(torch.ops, "mkldnn", Mock(spec=[]))
     else:
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", Mock(return_value=has_it))
     backbone, out = tmp_path / "backbone", tmp_path / "run"
@@ -279,28 +241,30 @@ def test_a_pre_trained_folder_trains_fast(corpus, tmp_path, monkeypatch, layout,
     for name, value in sdser.MultiExitSER.from_pretrained(out).state_dict().items():
         assert torch.equal(before[name], value) == name.startswith(frozen), name
     shutil.rmtree(backbone)  # a run does not need it any more
-    results, _ = resume(out, "--device", "cpu")
+    train.main(["--resume", "--out", str(out), "--device", "cpu"])
+    results, _ = read_run(out)
     assert (results["args"]["preset"], results["args"]["dtype"]) == ("fast", dtype)
     assert "fusion" not in results["test"], "one student alone is not fused"
 
 
 # -- flags ------------------------------------------------------------------------------------------------------------
-PLAIN, ATTENTION = (1.0, 1.0, 1.0, True), ["attention", "attention", "mean"]
+RECIPE = dict(loss=(1.0, 1.0, 1.0, True), rates=[2e-3, 2e-3], decay=0.01, norm=1.0, bfloat16=False,
+              heads=["attention", "attention", "mean"], tile=None)  # fmt: skip
 
 
-# the loss's weights, temperature and detachment; learning rates; decay; largest norm; bfloat16; heads; length of tiles
-@pytest.mark.parametrize(("flags", "expected"), [
-    ("", (PLAIN, [2e-3, 2e-3], 0.01, 1.0, False, ATTENTION, None)),
-    ("--preset paper --lr 1e-4 --seconds 0.3", (PLAIN, [1e-4, 1e-4], 0.0, np.inf, False, ["gru", "gru", "mean"], 0.3)),
+@pytest.mark.parametrize(("flags", "changes"), [
+    ("", {}),
+    ("--preset paper --lr 1e-4 --seconds 0.3",
+     dict(rates=[1e-4, 1e-4], decay=0.0, norm=np.inf, heads=["gru", "gru", "mean"], tile=0.3)),
     ("--exits 2 --head lstm --lr 1e-4 --head-lr 1e-2 --dtype bfloat16",
-     (PLAIN, [1e-4, 1e-2], 0.01, 1.0, True, ["lstm"], None)),
+     dict(rates=[1e-4, 1e-2], bfloat16=True, heads=["lstm"])),
     ("--kl-weight 0.5 --hint-weight 2 --temperature 3 --no-detach-teacher --label-fraction 0.2",
-     ((0.5, 2.0, 3.0, False), [2e-3, 2e-3], 0.01, 1.0, False, ATTENTION, None)),
+     dict(loss=(0.5, 2.0, 3.0, False))),
     ("--kl-weight 0 --hint-weight 0 --fold 2/3 --head mean gru attention --batch-size 4 --accumulate 3",
-     ((0.0, 0.0, 1.0, True), [2e-3, 2e-3], 0.01, 1.0, False, ["mean", "gru", "attention"], None)),
+     dict(loss=(0.0, 0.0, 1.0, True), heads=["mean", "gru", "attention"])),
 ])  # fmt: skip
-def test_every_flag_of_a_recipe_reaches_the_training(corpus, tmp_path, monkeypatch, flags, expected):
-    """By what the loss, the optimizer, the clipping and the layers get, and by the model that is left."""
+def test_every_flag_of_a_recipe_reaches_the_training(corpus, tmp_path, monkeypatch, flags, changes):
+    """By what the loss (its weights, temperature and detachment), the optimizer, the clipping and the layers get."""
     loss, adamw, autocast = Mock(wraps=sdser.self_distillation_loss), Mock(wraps=torch.optim.AdamW), []
     clip, embed_frames = Mock(wraps=torch.nn.utils.clip_grad_norm_), sdser.MultiExitSER.embed_frames
 
@@ -313,10 +277,12 @@ def test_every_flag_of_a_recipe_reaches_the_training(corpus, tmp_path, monkeypat
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     monkeypatch.setattr(sdser.MultiExitSER, "embed_frames", told)
     results, _ = fit(corpus, tmp_path, "--epochs", 1, "--batch-size", 64, "--distill-warmup", 0, *flags.split())
+    model = sdser.MultiExitSER.from_pretrained(tmp_path)
     rates = [group["initial_lr"] for group in adamw.call_args.args[0]]
-    decay, model = adamw.call_args.kwargs["weight_decay"], sdser.MultiExitSER.from_pretrained(tmp_path)
-    optimized = (loss.call_args.args[2:6], rates, decay, clip.call_args.args[1], autocast[0])
-    assert (*optimized, model.head_kinds, model.tile_seconds) == expected
+    assert RECIPE | changes == dict(
+        loss=loss.call_args.args[2:6], rates=rates, decay=adamw.call_args.kwargs["weight_decay"],
+        norm=clip.call_args.args[1], bfloat16=autocast[0], heads=model.head_kinds, tile=model.tile_seconds,
+    )  # fmt: skip
     assert not autocast[-1], "the last scores are computed in float32"
     assert [row["exit"] for row in results["test"]["exits"]] == model.exits
     assert len(model.heads) == len(model.exits) and len(model.backbone.encoder.layers) == model.exits[-1]
@@ -350,15 +316,13 @@ def test_label_fraction_is_stratified_nested_and_of_training_clips_alone():
     assert train.take_fraction(clips, 1.0, seed=0) == clips
 
 
-@pytest.mark.parametrize(("flags", "workers"), [
-    ("--device cuda:1", 4), ("--device cpu", 0), ("--device cuda --workers 2", 2),
-])  # fmt: skip
-def test_workers_load_for_a_gpu_unless_told_otherwise(monkeypatch, corpus, tmp_path, refused, flags, workers):
+@pytest.mark.parametrize(("device", "workers"), [("cuda:1", 4), ("cpu", 0), ("cuda --workers 2", 2)])
+def test_workers_load_for_a_gpu_unless_told_otherwise(monkeypatch, corpus, tmp_path, refused, device, workers):
     """Played: a device named cuda, on which the run ends as it starts to load."""
     monkeypatch.setattr(train, "usable_device", lambda name: name)
     monkeypatch.setattr(train, "computes_in_bfloat16", lambda name: False)
     monkeypatch.setattr(train, "load_data", Mock(side_effect=ValueError))
-    refused(train, *command(corpus, tmp_path / "run", *flags.split()))
+    refused(train, *command(corpus, tmp_path / "run", "--device", *device.split()))
     assert train.load_data.call_args.args[0].workers == workers
 
 
@@ -368,8 +332,9 @@ def test_workers_load_for_a_gpu_unless_told_otherwise(monkeypatch, corpus, tmp_p
     ("--temperature 0", "--temperature"), ("--lr -1", "--lr"), ("--lr 0", "--head-lr"),  # or nothing would train
     ("--labels anger fury", "--labels"), ("--labels anger anger", "--labels"),
     ("--data nowhere", "nowhere"), ("--backbone huge", "huge"), ("--device toaster", "toaster"),
+    ("--lr 1e30 --batch-size 100", "not finite"),  # all clips in one step, so that only the dev split can show it
 ])  # fmt: skip
-def test_flags_that_cannot_be_are_refused_before_anything_is_written(corpus, tmp_path, refused, flags, named):
+def test_what_cannot_be_is_refused_before_anything_is_written(corpus, tmp_path, refused, flags, named):
     assert named in refused(train, *command(corpus, tmp_path / "run", *flags.split()))
     assert not list(tmp_path.glob("run/*"))
 
@@ -388,11 +353,11 @@ def test_too_little_memory_is_one_sentence(corpus, tmp_path, refused, monkeypatc
 
 
 def test_as_a_command(corpus, tmp_path):
-    """Labels that a Western Windows console lacks stay readable, each line comes at once, and no traceback."""
+    """Labels that a Western Windows console lacks stay readable, and each line comes at once, so before the error."""
     manifest = with_splits(corpus, tmp_path)
-    manifest.write_text(manifest.read_text().replace(",sadness,", ",\u6124\u6012,"), encoding="utf-8")
-    script = [sys.executable, str(ROOT / "train.py"), *command(manifest, tmp_path / "run", "--backbone", "huge")]
-    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    write(manifest, manifest.read_text().replace(",sadness,", ",\u6124\u6012,"))
+    script = [sys.executable, train.__file__, *command(manifest, tmp_path / "run", "--backbone", "huge")]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUNBUFFERED": ""}
     done = subprocess.run(script, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     first, _, _, _, error = done.stdout.splitlines()
     assert first.endswith("list.csv: anger 18, \\u6124\\u6012 18")
@@ -403,9 +368,6 @@ def test_commands_are_quoted_for_the_shell(monkeypatch):
     assert train.quote(Path("my runs/it's")) == "'my runs/it'\"'\"'s'" and train.quote("out") == "out"
     monkeypatch.setattr(train.os, "name", "nt")  # cmd.exe takes single quotes as a part of the name
     assert train.quote("my runs") == '"my runs"' and train.quote("out") == "out"
-
-
-NAN = np.full(8000, np.nan, dtype=np.float32)  # in a file whose header is sound
 
 
 def test_unreadable_clips_stop_the_run_or_are_left_out(corpus, tmp_path, refused, wav):
@@ -426,10 +388,8 @@ def test_unreadable_clips_stop_the_run_or_are_left_out(corpus, tmp_path, refused
 @pytest.mark.parametrize(("speaker", "split", "samples"), [
     ("s0", "train", NAN), ("s4", "dev", NAN), ("s5", "test", NAN), ("s5", "test", np.zeros(61 * 16_000)),
 ])  # fmt: skip
-def test_clips_that_cannot_be_scored_are_named_before_the_training(
-    corpus, tmp_path, monkeypatch, refused, wav, speaker, split, samples
-):
-    """Those of the training by a process that loads; once such a clip is repaired, the same command goes through."""
+def test_a_clip_that_cannot_be_read_stops_the_run(corpus, tmp_path, monkeypatch, refused, wav, speaker, split, samples):
+    """Before the training if it is scored, else by a process that loads; repaired, the same command goes through."""
     monkeypatch.setattr(train, "train_epoch", Mock(wraps=train.train_epoch))
     path, out = wav(samples, "bad.wav", subtype="FLOAT"), tmp_path / "run"
     manifest = with_splits(corpus, tmp_path, f"{path},anger,{speaker},{split}")
@@ -460,10 +420,5 @@ def test_what_is_not_finite_names_its_files_and_keeps_the_last_checkpoint(corpus
         patch.setattr(train, "train_epoch", spoilt)
         assert str(corpus.parent) in refused(train, *command(corpus, tmp_path, *flags))
     sdser.MultiExitSER.from_pretrained(tmp_path).classify(str(corpus.parent / "0-anger-0.wav"))
-    assert len(resume(tmp_path)[1]) == 3
-
-
-def test_answers_that_are_not_finite_are_never_saved(corpus, tmp_path, refused):
-    """All clips in one step, so that only the dev split can show it."""
-    refused(train, *command(corpus, tmp_path, "--batch-size", 100, "--lr", "1e30"))
-    assert not list(tmp_path.iterdir())
+    train.main(["--resume", "--out", str(tmp_path)])
+    assert len(read_run(tmp_path)[1]) == 3

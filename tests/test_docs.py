@@ -1,22 +1,37 @@
-"""The Python in docs/corpora.md, run on small copies of the real layouts; the clips are worked out by hand."""
+"""What the README and docs/ tell people to type works."""
 
 import json
 import re
+import shlex
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+from string import Template
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import refuses, write
+from conftest import refuses, speakers, write
 
+import benchmark_edge
+import evaluate
+import sdser
 import train
 from train import Clip
 
-DOC = (Path(__file__).parents[1] / "docs" / "corpora.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README, CORPORA = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/corpora.md"))
+TEXT = README + "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+LINES = "".join(re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)).splitlines()
+COMMANDS = [line.partition("#")[0].strip() for line in LINES if re.search(r"python [a-z_]+\.py|torchrun", line)]
+RUNS = re.findall(r'^ *run="(.*)"', TEXT, re.MULTILINE)  # flags of train.py that loops share
+SCRIPTS = {"train.py": train, "evaluate.py": evaluate, "benchmark_edge.py": benchmark_edge}
 BLOCKS = {
     section.partition("\n")[0]: re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
-    for section in DOC.split("\n## ")[1:]
+    for section in CORPORA.split("\n## ")[1:]
 }
 
 
@@ -26,6 +41,40 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+def test_python_blocks_run():
+    """The first in a folder that holds `sdser.py` alone, the others after it."""
+    shutil.copy(ROOT / "sdser.py", ".")
+    done = subprocess.run([sys.executable, "-c", PYTHON[0]], capture_output=True, text=True)
+    assert done.returncode == 0 and "Prediction(" in done.stdout, done.stderr
+    soundfile.write("long.wav", np.random.default_rng(0).uniform(-0.1, 0.1, 11 * 16_000 + 9), 16_000)
+    names = {}
+    for block in PYTHON:
+        exec(block, names)
+
+
+def test_scripts_import_only_what_is_below_them():
+    floors = [sdser, *SCRIPTS.values()]
+    for i, script in enumerate(floors):
+        imported = re.findall(r"^ *(?:import|from) (\w+)", Path(script.__file__).read_text(), re.MULTILINE)
+        assert not {module.__name__ for module in floors[i:]} & set(imported)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_flags_exist(command):
+    name, flags = re.search(r"(\w+\.py)(.*?)(?=$|;|&&)", command).groups()
+    for run in RUNS if "$run" in flags else [""]:
+        values = dict(fold=1, seed=0, fraction=0.1)
+        values["run"] = Template(run).substitute(values)
+        SCRIPTS[name].parse_args(shlex.split(Template(flags).substitute(values)))
+
+
+def test_all_flags_that_are_named_exist():
+    source = "".join(Path(script.__file__).read_text() for script in SCRIPTS.values())
+    named = {re.sub("^--no-", "--", flag) for flag in re.findall(r"`(--[a-z-]+)", TEXT)}
+    assert sorted(flag for flag in named if f'"{flag}"' not in source) == []
+
+
+# -- manifests: the Python in docs/corpora.md, on small copies of the real layouts, worked out by hand ----------------
 def run(section: str, *changes: tuple[str, str]) -> list[Clip]:
     """Runs a section's block as its reader would, after changing what the text says may be changed."""
     [code] = BLOCKS[section]
@@ -36,11 +85,6 @@ def run(section: str, *changes: tuple[str, str]) -> list[Clip]:
     return train.load_corpus(re.search(r'open\("(.+?)", "w"', code)[1])
 
 
-def speakers(clips) -> dict[str, set]:
-    return {split: {clip.speaker for clip in clips if clip.split == split} for split in train.SPLITS}
-
-
-# -- IEMOCAP ----------------------------------------------------------------------------------------------------------
 def write_dialog(dialog: str, turns: dict[str, str]) -> None:
     """A dialogue's labels, with the raters' own lines (one with a Latin-1 byte) between them."""
     text = "% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"
@@ -72,15 +116,12 @@ def test_iemocap_holds_out_whole_sessions():
     assert set.union(*(fold["test"] for fold in folds)) == {"Ses01", "Ses02", "Ses03", "Ses04", "Ses05"}
 
 
-# -- EmoBox -----------------------------------------------------------------------------------------------------------
 def write_lists(corpus: str, fold: int, labels: dict[str, str], **lists: list[tuple[str, str]]) -> None:
     """A fold's lists by name, of clips (file, label), with the fields that the block reads; and the map of labels."""
     folder = f"path/to/EmoBox/data/{corpus}"
     write(f"{folder}/label_map.json", json.dumps(labels))
     for name, clips in lists.items():
-        rows = [
-            {"key": f"{corpus}-{Path(wav).stem}", "wav": f"downloads/{corpus}/{wav}", "emo": emo} for wav, emo in clips
-        ]
+        rows = [dict(key=f"{corpus}-{Path(wav).stem}", wav=f"downloads/{corpus}/{wav}", emo=emo) for wav, emo in clips]
         write(f"{folder}/fold_{fold}/{corpus}_{name}_fold_{fold}.jsonl", "\n".join(map(json.dumps, rows)))
 
 
@@ -112,7 +153,6 @@ def test_emobox_without_speakers_takes_every_fourth_clip_of_a_label():
     assert {clip.speaker for clip in clips} == {None}
 
 
-# -- MSP-Podcast ------------------------------------------------------------------------------------------------------
 def test_msp_podcast_leaves_unknown_speakers_empty():
     """One clip of each letter in each set, the first two of unknown speakers."""
     lines = ["FileName,EmoClass,EmoAct,EmoVal,EmoDom,SpkrID,Gender,Split_Set"]
@@ -129,7 +169,6 @@ def test_msp_podcast_leaves_unknown_speakers_empty():
     ]
 
 
-# -- folders ----------------------------------------------------------------------------------------------------------
 FOLDERS = {  # the label and speaker of each file; None for those to be left out
     "A folder for each label": {
         "folders/anger/anna_01.wav": ("anger", "anna"), "folders/anger/anna_02.WAV": ("anger", "anna"),
@@ -181,4 +220,4 @@ def test_segments_are_cut():
 
 def test_every_block_is_run():
     tested = {*FOLDERS, *re.findall(r'run\("(.+?)"', Path(__file__).read_text(encoding="utf-8"))}
-    assert DOC.count("```python") == len(BLOCKS) == 7 and tested == BLOCKS.keys()
+    assert CORPORA.count("```python") == len(BLOCKS) == 7 and tested == BLOCKS.keys()
