@@ -154,7 +154,7 @@ def compare(ours: Scored, theirs: Scored) -> list[dict]:
     rows_of_ours = train.answers(ours.model.exits, ours.logits)
     rows_of_theirs = train.answers(theirs.model.exits, theirs.logits)
     shared = [exit for exit in rows_of_ours if exit in rows_of_theirs]
-    # Each clip must count equally often, or, say, twice as often on one side throughout, if that pools two seeds.
+    # Both sides must hold the same clips. One may hold each of them n times (n seeds), if n is the same for all clips.
     our_counts = Counter(zip((clip[:2] for clip in ours.clips), ours.units))
     their_counts = Counter(zip((clip[:2] for clip in theirs.clips), theirs.units))
     ratios = {count / their_counts[clip] for clip, count in our_counts.items() if clip in their_counts}

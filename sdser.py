@@ -319,7 +319,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         logits = frames.hidden.new_empty(len(waveforms), len(self.labels), dtype=torch.float32)
         active = torch.arange(len(waveforms), device=logits.device)  # the clips still in the batch
         used = torch.empty_like(active)
-        seen = logits.new_empty(0, *logits.shape)  # of the exits so far, for the clips still in the batch
+        seen = logits.new_empty(0, *logits.shape)  # of all exits so far, for stop rules that compare exits
         for previous, k in zip([0, *self.exits], self.exits):
             frames = self.run_layers(frames, previous, k)
             answer = self.read_exit(k, frames).logits.float()
@@ -354,7 +354,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
             if threshold is None:
                 raise ValueError('threshold "auto": this model has not been calibrated; give a number from 0 to 1')
         exit = self.exits[-1] if exit is None else self.check_exit(exit)
-        # dicts and tuples are no clips, and are refused as one
+        # a dict or tuple is treated as one clip, so that `read_clip` refuses it
         single = isinstance(clips, str | os.PathLike | dict | tuple) or hasattr(clips, "read") or hasattr(clips, "ndim")
         training, device = self.training, self.backbone.device
         self.eval()
@@ -545,7 +545,7 @@ def sample_time_mask(config: transformers.PretrainedConfig, hidden: Tensor, vali
     span_length = (num_frames // (2 * max(1, least))).clamp(max=config.mask_time_length)  # (B,)
     mean_spans = config.mask_time_prob * num_frames / span_length.clamp(min=1)  # (B,)
     num_spans = (mean_spans + torch.rand(batch, device=device)).floor().clamp(min=least)  # (B,)
-    most = max(least, 1 + int(config.mask_time_prob * size))  # S: of S spans, a clip uses its first num_spans
+    most = max(least, 1 + int(config.mask_time_prob * size))  # S: as many as any clip may use
     start = (torch.rand(batch, most, device=device) * (num_frames - span_length + 1)[:, None]).long()  # (B, S)
     end = start + span_length[:, None]
     t = torch.arange(size, device=device)
@@ -594,8 +594,8 @@ def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
         backbone = os.fspath(backbone)
         problem = f"not a built-in size ({', '.join(SIZES)}), a folder of transformers, or a Hub model within reach"
         with file_errors(backbone, problem, "give one"):
-            looks_local = os.path.isabs(backbone) or "/" not in backbone  # probably a typo: do not ask the Hub
-            if looks_local and not os.path.isdir(backbone):
+            looks_local = os.path.isabs(backbone) or "/" not in backbone
+            if looks_local and not os.path.isdir(backbone):  # probably a typo: do not ask the Hub
                 raise FileNotFoundError("no such folder")
             config, _ = transformers.PretrainedConfig.get_config_dict(backbone)
             if {"labels", "exits", "backbone"} <= config.keys():

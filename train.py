@@ -239,10 +239,6 @@ def run(args: argparse.Namespace) -> None:
 
 def train_epoch(model, dataset, batches, optimizer, scheduler, args, title: str) -> dict[str, float]:
     """Trains one pass over the clips, in batches of indices; returns the mean loss and its parts."""
-    # A loss is a mean over the clips that one process runs of one batch. It is weighted by its share of the step's
-    # clips, so that a step has the gradient of one large batch, and by WORLD, because DistributedDataParallel divides
-    # by it. For example, with --accumulate 2, a step may have batches of 5 and 3 clips; of 2 processes, one runs 3 and
-    # 2 of them, the other 2 and 1: the shares are 3/8, 2/8, 2/8 and 1/8.
     model.train()
     my_batches = [batch[RANK::WORLD] for batch in batches]
     # A process left without clips runs one anyway, with weight 0, because every process must join every step.
@@ -262,7 +258,11 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, title: str)
             outputs, targets.to(args.device), ramp * args.kl_weight, ramp * args.hint_weight, args.temperature,
             args.detach_teacher, class_weights,
         )  # fmt: skip
-        (len(my_batches[i]) / clips_in_step * WORLD * loss).backward()
+        # A loss is a mean over this process's clips of a batch. It counts by its share of the step's clips, so that the
+        # step has the gradient of one large batch. For example, with --accumulate 2, a step may have batches of 5 and 3
+        # clips; of 2 processes, one runs 3 and 2 of them, the other 2 and 1: the shares are 3/8, 2/8, 2/8 and 1/8.
+        share = len(my_batches[i]) / clips_in_step
+        (share * WORLD * loss).backward()  # times WORLD, because DistributedDataParallel divides by it
         for name, value in {"loss": loss.detach(), **parts}.items():
             sums[name] += value * len(my_batches[i])
 
