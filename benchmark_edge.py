@@ -9,7 +9,6 @@ Read top to bottom: the flags, writing a file, running one, measuring, the repor
 
 import argparse
 import contextlib
-import ctypes
 import importlib.util
 import inspect
 import json
@@ -83,12 +82,13 @@ def export(model: sdser.MultiExitSER, exit: int, precision: str, path: str) -> N
     Raises ValueError for other pairs and for missing packages, saying what is possible.
     """
     check_export(precision, path, evaluate.count_parameters(model, [exit]))
+    model = model.truncate(exit)
     if precision == "transformers":
-        write_transformers(model.truncate(exit), path)
+        write_transformers(model, path)
     elif Path(path).suffix:
-        write_onnx(model.truncate(exit).requires_grad_(False), path, precision)
+        write_onnx(model.requires_grad_(False), path, precision)
     else:
-        model.truncate(exit).save_pretrained(path)
+        model.save_pretrained(path)
 
 
 def check_export(precision: str, path: str, weights: int = 0) -> None:
@@ -144,7 +144,6 @@ def write_onnx(small: sdser.MultiExitSER, path: str, precision: str) -> None:
         onnx_program.model.metadata_props["labels"] = json.dumps(small.labels)
         onnx_program.save(fresh)
         del small, program, onnx_program  # each holds the weights
-        give_back_memory()
         if precision == "fp16":
             import onnx
             from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -157,12 +156,6 @@ def write_onnx(small: sdser.MultiExitSER, path: str, precision: str) -> None:
             types = dict(op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8, reduce_range=True)
             quantize_dynamic(fresh, fresh, per_channel=True, **types)
         sdser.replace_file(path, Path(fresh).read_bytes())
-
-
-def give_back_memory() -> None:
-    """Returns what has been freed to the system, which glibc would keep; does nothing elsewhere."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def write_transformers(small: sdser.MultiExitSER, path: str) -> None:
@@ -251,10 +244,14 @@ def load_clips(checkpoint: str | None, labels: list[str]) -> tuple[list[np.ndarr
     return [sdser.read_clip(clip.path)[None].numpy() for clip in clips[:: math.ceil(len(clips) / 8)]], source
 
 
-def largest_change(model: sdser.MultiExitSER, exit: int, run, clips: list[np.ndarray]) -> float:
-    """Returns the largest change in any class probability of any clip, against the model itself."""
-    exact = [list(model.classify(clip[0], exit=exit)[0].probabilities.values()) for clip in clips]
-    return float(max(np.abs(np.array(run(clip)[0]) - row).max() for clip, row in zip(clips, exact)))
+def answer(model: sdser.MultiExitSER, exit: int, clips: list[np.ndarray]) -> np.ndarray:
+    """Returns the model's own class probabilities at an exit, (clips, C)."""
+    return np.array([list(model.classify(clip[0], exit=exit)[0].probabilities.values()) for clip in clips])
+
+
+def largest_change(run, clips: list[np.ndarray], exact: np.ndarray) -> float:
+    """Returns the largest change in any class probability of any clip; exact: the model's own, (clips, C)."""
+    return float(np.abs(np.concatenate([run(clip) for clip in clips]) - exact).max())
 
 
 def megabytes(path: str) -> float:
@@ -263,22 +260,28 @@ def megabytes(path: str) -> float:
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
+def run_apart(program: str) -> str:
+    """Runs Python source in a process of its own, next to these files; returns what it prints."""
+    places = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"a process of its own failed: {done.stderr.strip().splitlines()[-1]}")
+    return done.stdout
+
+
 def peak_megabytes(load, path: str, threads: int, samples: int) -> float | None:
     """Measures the peak memory of a process that only runs that file; None where the system does not report it.
 
-    This script has imported torch, which takes more memory than an .onnx, so a bare process gets only the source text
-    of `load` (a function of this file), and reports its own peak.
+    This script has imported torch, which takes more memory than an .onnx, so the process gets only the source text of
+    `load` (a function of this file), and reports its own peak.
     """
     if not os.path.exists("/proc/self/status"):
         return None
     program = f"{inspect.getsource(load)}\nimport numpy\nrun = {load.__name__}({path!r}, {threads})\n"
     program += f"run(0.1 * numpy.random.randn(1, {samples}).astype('float32'))\nprint(open('/proc/self/status').read())"
-    places = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"{path}: the process that measures its memory failed: {done.stderr.strip().splitlines()[-1]}")
-    return int(re.search(r"VmHWM:\s*(\d+)", done.stdout)[1]) / 1024  # os.wait4 would count the parent's memory too
+    status = run_apart(program)
+    return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) / 1024  # os.wait4 would count the parent's memory too
 
 
 def measure(runs: dict, threads: int, args) -> dict:
@@ -304,32 +307,34 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
     """Measures everything, exit by exit, so that only one exit's files are in memory; returns what the JSON holds."""
     clips, source = load_clips(args.checkpoint, model.labels)
     samples, rows = round(max(args.seconds) * sdser.SAMPLE_RATE), []
-    for exit in train.progress(args.exits, "exits", len(args.exits)):
-        facts = {}
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps files that are in use
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps files that are in use
+        model.save_pretrained(os.path.join(folder, "model"))
+        exact = {exit: answer(model, exit, clips) for exit in args.exits}
+        macs = {(exit, seconds): evaluate.count_macs(model, round(seconds * sdser.SAMPLE_RATE), exit)
+                for exit, seconds in product(args.exits, args.seconds)}  # fmt: skip
+        model.to("meta")  # frees its memory; from here on, only its shapes are needed
+        for exit in train.progress(args.exits, "exits", len(args.exits)):
+            paths, facts = {}, {}
             for backend in args.backends:
                 load, ending, precision = BACKENDS[backend]
-                path = os.path.join(folder, f"{precision}{ending}")
-                give_back_memory()
-                if not os.path.exists(path):
-                    export(model, exit, precision, path)
+                path = paths[backend] = os.path.join(folder, f"{exit}-{precision}{ending}")
+                if not os.path.exists(path):  # exporting takes gigabytes, which only the end of a process gives back
+                    whole = f"sdser.MultiExitSER.from_pretrained({os.path.join(folder, 'model')!r})"
+                    run_apart(f"import sdser\nfrom benchmark_edge import export\n"
+                              f"export({whole}, {exit}, {precision!r}, {path!r})")  # fmt: skip
                 facts[backend] = {
                     "peak_rss_mb": peak_megabytes(load, path, max(args.threads), samples),
                     "parameters": evaluate.count_parameters(model, [exit]),
                     "size_mb": megabytes(path),
-                    "max_probability_change": largest_change(model, exit, load(path, args.threads[0]), clips),
+                    "max_probability_change": largest_change(load(path, args.threads[0]), clips, exact[exit]),
                 }
             for threads in args.threads:
-                give_back_memory()
-                runs = {}
-                for backend in args.backends:
-                    load, ending, precision = BACKENDS[backend]
-                    runs[backend] = load(os.path.join(folder, f"{precision}{ending}"), threads)
+                runs = {backend: BACKENDS[backend][0](paths[backend], threads) for backend in args.backends}
                 for (backend, seconds), milliseconds in measure(runs, threads, args).items():
                     p50, p95 = np.percentile(milliseconds, [50, 95])
-                    macs = evaluate.count_macs(model, round(seconds * sdser.SAMPLE_RATE), exit)
                     rows.append({"exit": exit, "backend": backend, "seconds": seconds, "threads": threads,
-                                 "p50_ms": p50, "p95_ms": p95, "macs": macs, **facts[backend]})  # fmt: skip
+                                 "p50_ms": p50, "p95_ms": p95, "macs": macs[exit, seconds],
+                                 **facts[backend]})  # fmt: skip
                 del runs  # before the next are loaded
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, TypeError):
@@ -399,7 +404,7 @@ def ship(model: sdser.MultiExitSER, args) -> None:
     load = load_onnxruntime if Path(path).suffix else load_torch
     load = load_transformers if args.backend == "transformers" else load
     clips, source = load_clips(args.checkpoint, model.labels)
-    change = largest_change(model, exit, load(path, max(args.threads)), clips)
+    change = largest_change(load(path, max(args.threads)), clips, answer(model, exit, clips))
     print(f"loaded back and run on {len(clips)} clips of {source}: no probability differs by more than {change:.1e}")
     print(f"how to run it: {load.__name__} in benchmark_edge.py, and docs/edge.md")
 

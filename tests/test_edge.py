@@ -160,15 +160,15 @@ def test_benchmark_of_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(("flags", "heads"), [("", ["attention", "mean"]), ("--head gru", ["gru", "mean"])])
 def test_medians_tails_and_heads(tmp_path, monkeypatch, flags, heads):
     """p50 and p95 of made-up times; a built-in shape gets attention heads, as `fast` trains, or those asked for."""
-    times, largest_change = {("torch", 0.1): list(range(1, 101))}, Mock(return_value=0.0)
+    times, answer = {("torch", 0.1): list(range(1, 101))}, Mock(side_effect=benchmark_edge.answer)
     monkeypatch.setattr(benchmark_edge, "measure", Mock(return_value=times))
-    monkeypatch.setattr(benchmark_edge, "largest_change", largest_change)
+    monkeypatch.setattr(benchmark_edge, "answer", answer)
     monkeypatch.setattr(benchmark_edge, "peak_megabytes", Mock(return_value=None))  # as where the system does not tell
     flags += " --backbone tiny --exits 1 2 --seconds 0.1 --threads 1 --backends torch --json"
     benchmark_edge.main([*flags.split(), str(tmp_path / "a.json")])
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [(row["exit"], row["p50_ms"], row["p95_ms"]) for row in rows] == [(1, 50.5, 95.05), (2, 50.5, 95.05)]
-    assert largest_change.call_args.args[0].head_kinds == heads
+    assert answer.call_args.args[0].head_kinds == heads
 
 
 @needs_onnx
