@@ -397,7 +397,7 @@ def report(results: dict, log: list[dict], out: Path) -> None:
             rows.append({"exit": "fusion", **results[split]["fusion"]})
         for row in rows:
             print(f"{split:6} {row['exit']!s:>6}" + "".join(f"  {row[name]:8.3f}" for name in names))
-    print(f"\nin {out}: config.json, model.safetensors, results.json, log.jsonl, split.csv, train_state.pt")
+    print(f"\nin {out}: config.json, model.safetensors, README.md, results.json, log.jsonl, split.csv, train_state.pt")
     print(f"next: python evaluate.py {quote(out)}")
 
 
