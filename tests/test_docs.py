@@ -1,6 +1,9 @@
 """What the README and docs/ tell people to type works."""
 
+import contextlib
+import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -9,6 +12,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from string import Template
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -50,6 +54,21 @@ def test_python_blocks_run():
     names = {}
     for block in PYTHON:
         exec(block, names)
+
+
+def test_the_lecture_prints_what_it_says(monkeypatch):
+    """Its blocks in turn; the network has not been fine-tuned, so its numbers differ, and only they."""
+    monkeypatch.setattr("matplotlib.pyplot", Mock(subplots=lambda *_, **__: (Mock(), [Mock(), Mock()])), raising=False)
+    os.symlink(train.DATA, "data")
+    labels = ["anger", "happiness", "neutral", "sadness"]
+    sdser.MultiExitSER(labels, train.HUBERT_SMALL, [2, 4, 6], "attention").save_pretrained("out")
+    names, lecture = {}, (ROOT / "docs/lecture.md").read_text(encoding="utf-8")
+    for code, printed in re.findall(r"```python\n(.*?)```\n(?:\n```text\n(.*?)```\n)?", lecture, re.DOTALL):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(code, names)
+        now, then = (re.sub(r"-?\d[^ :)}\n]*( -?\d[\d.,]*)*", "#", text) for text in (out.getvalue(), printed))
+        assert now == then
+    assert names["by_hand"].item() == pytest.approx(names["loss"].item(), abs=1e-6)
 
 
 def test_scripts_import_only_what_is_below_them():
