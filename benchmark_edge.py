@@ -417,10 +417,7 @@ def main(argv=None) -> None:
             train.check_writable(path)
         if args.plot:
             evaluate.import_pyplot()
-        files = {backend: f"{backend}{BACKENDS[backend][1]}" for backend in args.backends}
-        for backend, name in files.items():
-            check_export(BACKENDS[backend][2], name)
-        if "openvino" in files and not importlib.util.find_spec("openvino"):
+        if "openvino" in args.backends and not importlib.util.find_spec("openvino"):
             raise ValueError("--backends openvino: needs a package: pip install openvino")
         if args.export:
             check_export(args.backend, args.export)
@@ -439,7 +436,8 @@ def main(argv=None) -> None:
         if args.export:
             return ship(model, args)
         for exit, backend in product(args.exits, args.backends):
-            check_export(BACKENDS[backend][2], files[backend], evaluate.count_parameters(model, [exit]))
+            _, ending, precision = BACKENDS[backend]
+            check_export(precision, f"{backend}{ending}", evaluate.count_parameters(model, [exit]))
         results = benchmark(model, args)
         if args.json:
             sdser.replace_file(args.json, json.dumps(results, indent=2))

@@ -114,7 +114,7 @@ def test_what_would_fail_later_is_refused_before_the_work(tmp_path, refused, mon
     """An .onnx that would be written without its weights, and a backend without its package."""
     model = saved(tmp_path)
     monkeypatch.setattr(benchmark_edge, "has_onnx", lambda: True)
-    monkeypatch.setattr(benchmark_edge, "export", Mock(side_effect=ValueError("at work")))
+    monkeypatch.setattr(benchmark_edge, "run_apart", Mock(side_effect=ValueError("at work")))
     for spare, said in ((0, "at work"), (-1, "GiB")):
         monkeypatch.setattr(benchmark_edge, "LARGEST_ONNX", 4 * evaluate.count_parameters(model, [4]) + spare)
         assert said in refused(benchmark_edge, tmp_path, "--exits", 2, 4, "--backends", "torch", "onnxruntime")
