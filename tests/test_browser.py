@@ -76,8 +76,6 @@ def browse(folder, names) -> dict:
 @pytest.mark.skipif(not ORT_WEB.is_dir(), reason=f"no {ORT_WEB}; SDSER_ORT_WEB can name another folder")
 def test_the_page_answers_as_python_does(tmp_path, wav):
     """The page as it stands, with data/emodb's labels. Resamplers differ, so other rates get a wide tolerance."""
-    if subprocess.run([CHROMIUM, "--version"], capture_output=True).returncode:
-        pytest.skip("Chromium does not start")
     clips = train.load_corpus(train.DATA / "emodb")
     labels = sorted({clip.label for clip in clips})
     model = sdser.MultiExitSER(labels, str(train.DATA / "hubert-small"), [2], "attention").eval()
@@ -88,12 +86,11 @@ def test_the_page_answers_as_python_does(tmp_path, wav):
         shutil.copy(ORT_WEB / name, tmp_path)
 
     a, b = (sdser.load_audio(clip.path)[:20_000].numpy() for clip in clips[:2])
-    wav(a, "a.wav"), wav(np.stack([a, b], axis=1), "stereo.wav"), wav(np.repeat(a, 3), "48_khz.wav", 48_000)
-    wav(a[:719], "short.wav"), wav(np.full(9000, np.nan), "nan.wav", subtype="FLOAT")
-    shown = browse(tmp_path, ["a.wav", "stereo.wav", "48_khz.wav", "short.wav", "nan.wav", "microphone"])
+    wav(np.stack([a, b], axis=1), "stereo.wav"), wav(np.repeat(a, 3), "48_khz.wav", 48_000), wav(a[:719], "short.wav")
+    shown = browse(tmp_path, ["stereo.wav", "48_khz.wav", "short.wav", "microphone"])
     answers = {name: dict(zip(re.findall("[a-z]+", text), values)) for name, (text, values) in shown.items()}
-    for name, same, tolerance in (("a", "a", 1e-3), ("stereo", "stereo", 1e-3), ("48_khz", "a", 0.05)):
-        [wanted] = model.classify(tmp_path / f"{same}.wav")
-        assert answers[f"{name}.wav"] == pytest.approx(wanted.probabilities, abs=tolerance)
-    assert "0.045" in shown["short.wav"][0] and "infinite" in shown["nan.wav"][0]
+    for name, clip, tolerance in (("stereo.wav", (a + b) / 2, 1e-3), ("48_khz.wav", a, 0.05)):
+        [wanted] = model.classify(clip)
+        assert answers[name] == pytest.approx(wanted.probabilities, abs=tolerance)
+    assert "0.045" in shown["short.wav"][0]
     assert sum(answers["microphone"].values()) == pytest.approx(1)
