@@ -2,9 +2,9 @@
 
     python benchmark_edge.py --backbone base                      # latency needs no trained weights
     python benchmark_edge.py out --budget-ms 80                   # the deepest exit of a trained model that fits
-    python benchmark_edge.py out --export model.onnx --exit 3     # one exit as a file, or as a folder
+    python benchmark_edge.py out --export model.onnx --exit 4     # one exit as a file, or as a folder
 
-Read top to bottom: the flags, writing a file, running one, measuring, the report, the plot.
+First the files: what can be written, and what runs them; then the measurements.
 """
 
 import argparse
@@ -77,10 +77,7 @@ LARGEST_ONNX = 1.5 * 2**30  # bytes of weights; beyond 2 GiB, protobuf writes no
 
 
 def export(model: sdser.MultiExitSER, exit: int, precision: str, path: str) -> None:
-    """Writes one exit as a file or folder of its own; precision, path: a pair that SHIPPED allows.
-
-    Raises ValueError for other pairs and for missing packages, saying what is possible.
-    """
+    """Writes one exit as a file or folder of its own; raises ValueError, saying what is possible, if it cannot."""
     check_export(precision, path, evaluate.count_parameters(model, [exit]))
     model = model.truncate(exit)
     if precision == "transformers":
@@ -262,9 +259,8 @@ def megabytes(path: str) -> float:
 # -- measuring --------------------------------------------------------------------------------------------------------
 def run_apart(program: str) -> str:
     """Runs Python source in a process of its own, next to these files; returns what it prints."""
-    places = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    here = Path(__file__).parent  # where `python -c` looks for modules first
+    done = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"a process of its own failed: {done.stderr.strip().splitlines()[-1]}")
     return done.stdout
@@ -380,8 +376,9 @@ def fit_budget(rows: list[dict], milliseconds: float) -> str:
 
 def plot(results: dict, args) -> None:
     """Plots latency against exit, a line per backend and a panel per clip length, for the largest --threads."""
-    pyplot, panels = evaluate.import_pyplot(), len(args.seconds)
-    figure, axes = pyplot.subplots(1, panels, figsize=(1.5 + 3 * panels, 3.5), squeeze=False, layout="constrained")
+    panels = len(args.seconds)
+    figure = evaluate.new_figure(figsize=(1.5 + 3 * panels, 3.5))
+    axes = figure.subplots(1, panels, squeeze=False)
     rows = [row for row in results["rows"] if row["threads"] == max(args.threads)]
     for panel, seconds in zip(axes[0], args.seconds):
         for i, backend in enumerate(dict.fromkeys(row["backend"] for row in rows)):
@@ -416,7 +413,7 @@ def main(argv=None) -> None:
         for path in filter(None, (args.json, args.plot)):
             train.check_writable(path)
         if args.plot:
-            evaluate.import_pyplot()
+            evaluate.new_figure()  # or say that matplotlib is absent
         if "openvino" in args.backends and not importlib.util.find_spec("openvino"):
             raise ValueError("--backends openvino: needs a package: pip install openvino")
         if args.export:

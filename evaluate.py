@@ -81,11 +81,10 @@ def load_and_score(checkpoints: list[str], split: str | None, source: str | None
     kinds, clips, run, logits = [], [], [], []
     for i, checkpoint in enumerate(checkpoints):
         model = sdser.MultiExitSER.from_pretrained(checkpoint).to(device)
-        kind = (model.labels, model.tile_seconds, str(model))  # str(model) lists the layers and their sizes
-        if kinds and kind not in kinds:
+        kinds.append((model.labels, model.tile_seconds, str(model)))  # str(model) lists the layers and their sizes
+        if kinds[i] != kinds[0]:
             raise ValueError(f"{checkpoint}: its labels, window, exits or backbone differ; pool runs of one kind")
         chosen = choose_clips(checkpoint, split, source, model.labels)
-        kinds.append(kind)
         clips += chosen
         run += [i] * len(chosen)
         logits.append(train.predict(model, chosen))
@@ -99,8 +98,6 @@ def choose_clips(checkpoint: str, split: str | None, source: str | None, labels:
     looks like the run's own is refused. Clips with other labels than the model's are left out, with a warning.
     """
     listed = os.path.join(checkpoint, "split.csv")
-    if source is None and not os.path.isfile(listed):
-        raise FileNotFoundError(f"{checkpoint}: holds no split.csv, so its clips are unknown; name a corpus by --data")
     clips = train.load_corpus(listed if source is None else source)
     has_splits = any(clip.split for clip in clips)
     if source is not None and not has_splits and os.path.isfile(listed):
@@ -120,8 +117,7 @@ def choose_clips(checkpoint: str, split: str | None, source: str | None, labels:
         others = ", ".join(sorted({clip.label for clip in clips} - set(labels)))
         message = f"left out {len(clips) - len(known)} of {len(clips)} clips, whose labels the model does not know"
         warnings.warn(f"{source or checkpoint}: {message}: {others}", stacklevel=2)
-    clips = known
-    return train.look_at(clips, listed if source is None else None)
+    return train.look_at(known, listed if source is None else None)
 
 
 def name_and_label(clip: train.Clip) -> tuple[str, str]:
@@ -167,11 +163,8 @@ def compare(ours: Scored, theirs: Scored) -> list[dict]:
         logits = torch.stack([rows[exit] for exit in shared])
         values.append([sdser.scores(scored.targets, row)[sdser.METRIC] for row in logits])
         draws.append(bootstrap(scored.targets, logits, scored.units))
-    rows = []
-    for i, exit in enumerate(shared):
-        difference = values[0][i] - values[1][i]
-        rows.append({"exit": exit, "difference": difference, "ci95": interval(draws[0][i] - draws[1][i], ours.units)})
-    return rows
+    differences = zip(shared, np.subtract(*values).tolist(), np.subtract(*draws))
+    return [{"exit": exit, "difference": value, "ci95": interval(row, ours.units)} for exit, value, row in differences]
 
 
 # -- early exit, and cost ---------------------------------------------------------------------------------------------
@@ -201,20 +194,18 @@ def calibrate(checkpoints: list[str], args) -> list[float]:
 
     Returns an empty list, and warns, if a run has no dev clips or no threshold is good enough.
     """
+    chosen = []
     try:
         dev = load_and_score(checkpoints, "dev", None, args.device)
         runs = [dev.run == i for i in range(len(checkpoints))]
         chosen = [lowest_threshold(dev.targets[run], dev.logits[:, run], args.tolerance) for run in runs]
-    except (OSError, ValueError) as error:  # --final trains on dev; a Hub model has none
-        warnings.warn(f"early exit is not calibrated: {error}", stacklevel=2)
-        return []
-    for checkpoint, threshold in zip(checkpoints, chosen if train.RANK == 0 else []):
-        path = Path(checkpoint, "config.json")
-        try:
+        for checkpoint, threshold in zip(checkpoints, chosen if train.RANK == 0 else []):
+            path = Path(checkpoint, "config.json")
             config = {**json.loads(path.read_text()), "threshold": threshold}
             sdser.replace_file(path, json.dumps(config, indent=2))
-        except ValueError as error:
-            warnings.warn(f"the threshold is not kept: {error}", stacklevel=2)
+    except (OSError, ValueError) as error:  # --final trains on dev; a Hub model has none; a folder may be read-only
+        problem = "the threshold is not kept" if chosen else "early exit is not calibrated"
+        warnings.warn(f"{problem}: {error}", stacklevel=2)
     return chosen
 
 
@@ -265,10 +256,9 @@ def evaluate(args) -> tuple[dict, list[tuple[float, float]]]:
 
     seconds = float(np.mean([clip.seconds for clip in clips]))
     samples = round(seconds * sdser.SAMPLE_RATE)
-    alone = [count_macs(model, samples, k) / seconds for k in exits]
     on_the_way = np.array([count_macs(model, samples, k, heads_on_the_way=True) for k in exits]) / seconds
-    costs = {k: Cost(k, count_parameters(model, [k]), macs) for k, macs in zip(exits, alone)}
     logits_of = train.answers(exits, scored.logits)  # of each row of the table
+    costs = {k: Cost(k, count_parameters(model, [k]), count_macs(model, samples, k) / seconds) for k in exits}
     if "fusion" in logits_of:
         costs["fusion"] = Cost(exits[-2], count_parameters(model, exits[:-1]), on_the_way[-2])
     if chosen:
@@ -350,9 +340,8 @@ def between(ci95: list[float] | None, form: str) -> str:
 
 
 def plot(results: dict, curve: list[tuple[float, float]], folder: str) -> None:
-    """Writes uar_against_cost.png."""
-    pyplot = import_pyplot()
-    figure, axes = pyplot.subplots(figsize=(5.5, 4), layout="constrained")
+    figure = new_figure(figsize=(5.5, 4))
+    axes = figure.subplots()
     for row in results["rows"]:
         cost, value = row["macs_per_second"] / 1e9, row[sdser.METRIC]
         ci95 = row[f"{sdser.METRIC}_ci95"]
@@ -371,13 +360,10 @@ def plot(results: dict, curve: list[tuple[float, float]], folder: str) -> None:
     print(f"\nplot: {folder}/uar_against_cost.png")
 
 
-def import_pyplot():
+def new_figure(**size):
     with sdser.file_errors("--plot", "needs matplotlib", "pip install matplotlib"):
-        import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+        import matplotlib.figure
+    return matplotlib.figure.Figure(layout="constrained", **size)
 
 
 def save_figure(figure, path) -> None:
@@ -417,7 +403,7 @@ def main(argv=None) -> None:
             train.check_writable(args.json)
         if args.plot:
             train.check_writable(args.plot, folder=True)
-            import_pyplot()
+            new_figure()  # or say that matplotlib is absent
         if args.audio:
             sys.exit(classify_files(args))
         results, curve = evaluate(args)

@@ -215,9 +215,8 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         self.tile_seconds, self.threshold = tile_seconds, threshold
         config.num_hidden_layers = exits[-1]
         self.backbone = load_backbone(backbone, config)
-        self.heads = nn.ModuleDict()
-        for exit, kind in zip(exits, head):
-            self.heads[str(exit)] = ExitHead(kind, config.hidden_size, len(labels))
+        heads = {str(exit): ExitHead(kind, config.hidden_size, len(labels)) for exit, kind in zip(exits, head)}
+        self.heads = nn.ModuleDict(heads)
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None, exit: int | None = None) -> list[ExitOutput]:
         """Runs only the layers that the requested exits need; no frame of a clip reads padding (see "padding" below).
@@ -340,7 +339,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         """Classifies files or waveforms, one at a time, in evaluation mode; the model's own mode is then restored.
 
         Args:
-            clips: paths, file objects or waveforms (T,) float, of up to 60 s; or a single one.
+            clips: a list of paths, file objects or waveforms (T,) float, of up to 60 s; or a single one.
             exit: run to this exit and no further. Default: the deepest.
             threshold: stop at the first exit whose confidence reaches this (0 to 1); "auto": the calibrated value.
             sample_rate: of the waveforms; files carry their own.
@@ -354,13 +353,11 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
             if threshold is None:
                 raise ValueError('threshold "auto": this model has not been calibrated; give a number from 0 to 1')
         exit = self.exits[-1] if exit is None else self.check_exit(exit)
-        # a dict or tuple is treated as one clip, so that `read_clip` refuses it
-        single = isinstance(clips, str | os.PathLike | dict | tuple) or hasattr(clips, "read") or hasattr(clips, "ndim")
         training, device = self.training, self.backbone.device
         self.eval()
         predictions = []
         try:
-            for clip in [clips] if single else clips:
+            for clip in clips if isinstance(clips, list) else [clips]:
                 waveform = read_clip(clip, self.tile_seconds, sample_rate).to(device)[None]  # (1, T)
                 start = time.perf_counter()
                 if threshold is None:
@@ -672,11 +669,10 @@ def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor
         size = sound.frames - first
         if seconds is not None:
             size = min(size, round(seconds * rate))
-        if sound.seekable():
+        if sound.seekable() and sound.format != "MP3":  # libmpg123 seeks inexactly, and prints errors when it does
             sound.seek(first)
-            samples = sound.read(size, dtype="float32", always_2d=True)  # (T, channels)
-        else:
-            samples = sound.read(first + size, dtype="float32", always_2d=True)[first:]
+            first = 0
+        samples = sound.read(first + size, dtype="float32", always_2d=True)[first:]  # (T, channels)
         if size - len(samples) > TOLERANCE * rate:
             raise ValueError(f"{name}: cut short, {len(samples)} of {size} samples are there; replace the file")
     return to_16_khz(name, torch.from_numpy(samples.mean(axis=1)), rate)
@@ -697,8 +693,6 @@ def open_audio(file):
         check_header(name, sound)
         if sound.format == "MP3":
             check_mp3(name, file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes())
-            # libmpg123 seeks inexactly, and prints errors about intact files when it does: read from the start instead
-            sound.seekable = lambda: False
         yield name, sound
 
 
@@ -761,14 +755,15 @@ def read_clip(clip, tile_seconds: float | None = None, sample_rate: int = SAMPLE
         waveform = to_16_khz(name, torch.as_tensor(clip).float(), sample_rate)
     else:
         shape = f" {clip.dtype} of shape {tuple(clip.shape)}" if hasattr(clip, "dtype") else ""
-        raise ValueError(f"{type(clip).__name__}{shape}: pass paths, file objects or 1-D arrays of floats")
+        raise ValueError(f"{type(clip).__name__}{shape}: pass paths, file objects or 1-D arrays of floats, or a list")
     if len(waveform) > MAX_SECONDS * SAMPLE_RATE:
         raise ValueError(f"{name}: longer than the limit of {MAX_SECONDS} s; cut it into windows (see the README)")
-    return waveform if tile_seconds is None else tile(waveform, round(tile_seconds * SAMPLE_RATE))
+    return waveform if tile_seconds is None else tile(waveform, tile_seconds)
 
 
-def tile(waveform: Tensor, samples: int) -> Tensor:
-    """Repeats or cuts a waveform (T,) to (samples,), as the paper does to reach 95,744 (5.984 s)."""
+def tile(waveform: Tensor, seconds: float) -> Tensor:
+    """Repeats or cuts a waveform (T,) to this length, as the paper does to reach 5.984 s (95,744 samples)."""
+    samples = round(seconds * SAMPLE_RATE)
     return waveform.repeat(math.ceil(samples / len(waveform)))[:samples]
 
 
@@ -809,17 +804,15 @@ def confusion_matrix(targets, predictions, num_classes: int) -> np.ndarray:
 def file_errors(path, problem: str, advice: str, kind: type[Exception] = ValueError):
     """Turns whatever a library raises about a file into `kind`, "PATH: PROBLEM (what the library says); ADVICE".
 
-    Errors that already name the file, or come from a nested `file_errors`, pass unchanged.
+    Errors that already begin with the file's name pass unchanged.
     """
     try:
         yield
     except Exception as error:
-        if str(error).startswith(f"{path}: ") or hasattr(error, "names_file"):
+        if str(error).startswith(f"{path}: "):
             raise
         reason = (getattr(error, "strerror", None) or str(error)).strip().partition("\n")[0].rstrip(".:")
-        sentence = kind(f"{path}: {problem} ({reason}); {advice}")
-        sentence.names_file = path
-        raise sentence from error
+        raise kind(f"{path}: {problem} ({reason}); {advice}") from error
 
 
 def replace_file(path, content: bytes | str) -> None:
@@ -837,6 +830,5 @@ def replace_file(path, content: bytes | str) -> None:
         try:
             temporary.write_bytes(content)
             os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        finally:
+            temporary.unlink(missing_ok=True)  # what a failure leaves

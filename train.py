@@ -5,8 +5,7 @@
     python train.py --data path/to/RAVDESS --backbone facebook/wav2vec2-base
     torchrun --nproc_per_node=2 train.py                         # data-parallel, each process on its share of a batch
 
-Read top to bottom: the presets and flags; the run and its training loop; what a run writes; then the data: where a clip
-comes from, its split, its batch; last, how the script ends.
+First the flags, the run and its training loop; then the data: where a clip comes from, its split, its batch.
 """
 
 import argparse
@@ -86,10 +85,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--resume", action="store_true", help="continue the run in --out, with its own flags")
     add("--device", metavar="D", help="default: cuda if available, else cpu")
     add("--workers", type=whole_or_0, metavar="N", help="processes that load audio (default: 4 on cuda, else 0)")
-    source = "a corpus folder or a manifest (default: data/emodb)"
-    add("--data", default=str(DATA / "emodb"), metavar="SOURCE", help=source)
-    preset = "default: toy; scratch for built-in backbones, fast for other pre-trained ones"
-    add("--preset", choices=PRESET_NAMES, help=preset)
+    add("--data", default=str(DATA / "emodb"), metavar="SOURCE", help="corpus folder or manifest (default: data/emodb)")
+    add("--preset", choices=PRESET_NAMES, help="default: toy; for other backbones scratch if built-in, else fast")
     add("--backbone", help=f"Hub name, folder saved by transformers, or one of {', '.join(sdser.SIZES)}")
     add("--exits", type=int, nargs="+", metavar="K", help="layers that get an exit; the last is the teacher")
     heads = f"one for the shallow exits, or one for each exit: {', '.join(sdser.HEADS)}"
@@ -318,14 +315,10 @@ def score(model: sdser.MultiExitSER, clips: list["Clip"], split: str, args) -> d
     """Returns {"exits": [{"exit": 2, "uar": 0.8, ...}, ...], "fusion": {...}}; fusion only of two students or more."""
     clips = [clip for clip in clips if clip.split == split]
     targets = torch.tensor([target_of(clip, model.labels) for clip in clips])
-    results = {"exits": []}
-    for exit, logits in answers(model.exits, predict(model, clips, args.batch_size, args.workers)).items():
-        row = sdser.scores(targets, logits)
-        if exit == "fusion":
-            results["fusion"] = row
-        else:
-            results["exits"].append({"exit": exit, **row})
-    return results
+    logits_of = answers(model.exits, predict(model, clips, args.batch_size, args.workers))
+    rows = {exit: sdser.scores(targets, logits) for exit, logits in logits_of.items()}
+    fusion = {"fusion": rows.pop("fusion")} if "fusion" in rows else {}
+    return {"exits": [{"exit": exit, **row} for exit, row in rows.items()], **fusion}
 
 
 def answers(exits: list[int], logits: Tensor) -> dict[int | str, Tensor]:
@@ -348,8 +341,8 @@ def computes_in_bfloat16(device: str) -> bool:
     """Tells whether a device has bfloat16 in hardware; where it is emulated, it is far slower than float32."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    has_bfloat16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # on a Mac, torch has no oneDNN
-    return device == "cpu" and has_bfloat16 is not None and has_bfloat16()
+    has_bfloat16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)  # a Mac's torch has no oneDNN
+    return device == "cpu" and has_bfloat16()
 
 
 # -- what a run writes ------------------------------------------------------------------------------------------------
@@ -469,9 +462,8 @@ def load_corpus(source) -> list[Clip]:
 
 def read_folder(folder: str) -> list[Clip]:
     """Returns the clips of a folder, by the file-name pattern of CORPORA that fits most of its audio files."""
-    found = glob.iglob("**", root_dir=folder, recursive=True)  # follows links to folders, leaves out hidden names
-    files = sorted(path for path in (Path(folder, name) for name in found) if path.suffix.lower() in AUDIO_ENDINGS)
-    files = [path for path in files if path.is_file()]
+    found = (Path(folder, name) for name in glob.iglob("**", root_dir=folder, recursive=True))  # without hidden names
+    files = sorted(path for path in found if path.suffix.lower() in AUDIO_ENDINGS and path.is_file())
     if not files:
         raise ValueError(f"{folder}: holds no audio files ({', '.join(AUDIO_ENDINGS)})")
     matches = {}  # corpus -> a match, or None, for each file
@@ -547,11 +539,11 @@ def split_clips(clips: list[Clip], fold: tuple[int, int] = (1, 5), final: bool =
     """
     hint = ""
     if not any(clip.split for clip in clips):
-        listed, clips = clips, deal_speakers(clips, *fold)
-        if any(missing_labels(clips, split) for split in SPLITS):
-            deals = {f"{i}/{fold[1]}": deal_speakers(listed, i, fold[1]) for i in range(1, fold[1] + 1)}
-            whole = [name for name in deals if not any(missing_labels(deals[name], split) for split in SPLITS)]
-            hint = f"; every split has every label with --fold {' or '.join(whole)}" if whole else ""
+        index, count = fold
+        deals = {i: deal_speakers(clips, i, count) for i in range(1, count + 1)}
+        clips = deals[index]
+        whole = [f"{i}/{count}" for i in deals if not any(missing_labels(deals[i], split) for split in SPLITS)]
+        hint = f"; every split has every label with --fold {' or '.join(whole)}" if whole else ""
     if final:
         clips = [clip._replace(split="train") if clip.split == "dev" else clip for clip in clips]
     check_splits(clips, ("train", "test") if final else SPLITS, hint)
@@ -706,8 +698,7 @@ class ClipDataset(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         clip = self.clips[i]
         if self.tile_seconds:
-            waveform = sdser.load_audio(clip.path, 0.0, self.tile_seconds)
-            waveform = sdser.tile(waveform, round(self.tile_seconds * sdser.SAMPLE_RATE))
+            waveform = sdser.tile(sdser.load_audio(clip.path, 0.0, self.tile_seconds), self.tile_seconds)
         elif self.crop_seconds:
             # seeded by clip, so that neither workers nor processes nor a resumed run change the crop
             start = random.Random(f"{self.seed} {i}").random() * max(0.0, clip.seconds - self.crop_seconds)
@@ -741,13 +732,12 @@ def predict(model: sdser.MultiExitSER, clips: list[Clip], batch_size: int = 16, 
     model.eval()
     logits = torch.zeros(len(model.exits), len(clips), len(model.labels))
     seconds = [model.tile_seconds or clip.seconds for clip in clips]
-    batches, batch = [], []
+    batches = [[]]
     for i in np.argsort(seconds, kind="stable").tolist():  # sorted, so clip i is the longest so far
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * seconds[i] > BATCH_SECONDS):
-            batches.append(batch)
-            batch = []
-        batch.append(i)
-    batches = [*batches, batch][RANK::WORLD]
+        if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > BATCH_SECONDS:
+            batches.append([])
+        batches[-1].append(i)
+    batches = batches[RANK::WORLD]
     loader = load(ClipDataset(clips, model.labels, model.tile_seconds), batches, workers)
     for batch, (waveforms, lengths, _) in zip(batches, progress(loader, "scoring", len(batches))):
         outputs = model(waveforms.to(model.backbone.device), lengths.to(model.backbone.device))
