@@ -830,5 +830,6 @@ def replace_file(path, content: bytes | str) -> None:
         try:
             temporary.write_bytes(content)
             os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)  # what a failure leaves
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise

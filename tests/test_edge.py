@@ -163,6 +163,7 @@ def test_medians_tails_and_heads(tmp_path, monkeypatch, flags, heads):
     times, answer = {("torch", 0.1): list(range(1, 101))}, Mock(side_effect=benchmark_edge.answer)
     monkeypatch.setattr(benchmark_edge, "measure", Mock(return_value=times))
     monkeypatch.setattr(benchmark_edge, "answer", answer)
+    monkeypatch.setattr(benchmark_edge, "run_apart", exec)  # in this process, which is faster
     monkeypatch.setattr(benchmark_edge, "peak_megabytes", Mock(return_value=None))  # as where the system does not tell
     flags += " --backbone tiny --exits 1 2 --seconds 0.1 --threads 1 --backends torch --json"
     benchmark_edge.main([*flags.split(), str(tmp_path / "a.json")])
