@@ -82,7 +82,7 @@ def test_scripts_import_only_what_is_below_them():
 def test_the_commands_flags_exist(command):
     name, flags = re.search(r"(\w+\.py)(.*?)(?=$|;|&&)", command).groups()
     for run in RUNS if "$run" in flags else [""]:
-        values = dict(fold=1, seed=0, fraction=0.1)
+        values = dict(fold=1, seed=0, fraction=0.1, other="plain")
         values["run"] = Template(run).substitute(values)
         SCRIPTS[name].parse_args(shlex.split(Template(flags).substitute(values)))
 
