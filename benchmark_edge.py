@@ -61,6 +61,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--head goes with --backbone; a checkpoint has its own heads")
     if not args.export and (args.exit is not None or args.backend):
         parser.error("--exit and --backend go with --export; to time some exits or backends: --exits, --backends")
+    if args.export and (args.json or args.plot or args.budget_ms):
+        parser.error("--json, --plot and --budget-ms go with measuring; --export measures nothing")
     args.head, args.backend = args.head or ["attention"], args.backend or "fp32"
     args.backends = args.backends or ["torch"] + ["onnxruntime", "onnxruntime-int8"] * has_onnx()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -181,6 +181,11 @@ def test_an_onnx_runs_on_as_many_threads_as_asked_for(monkeypatch, threads):
     assert session.call_args.args[1].intra_op_num_threads == threads
 
 
+@pytest.mark.parametrize("flags", [["--json", "a.json"], ["--plot", "a.png"], ["--budget-ms", "80"]])
+def test_export_measures_nothing(tmp_path, refused, flags):
+    assert flags[0] in refused(benchmark_edge, tmp_path, "--export", tmp_path / "a.onnx", *flags)
+
+
 def test_budget():
     cells = (3, "torch", 55, 0.0), (3, "onnxruntime", 25, 0.1), (12, "torch", 75, 1e-7), (12, "onnxruntime", 45, 0.2)
     rows = [dict(zip(("exit", "backend", "p95_ms", "max_probability_change"), cell)) for cell in cells]
