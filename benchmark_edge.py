@@ -200,7 +200,7 @@ def load_torch(path: str, threads: int):
 def load_transformers(path: str, threads: int):
     import transformers
 
-    pipeline = transformers.pipeline("audio-classification", model=path)
+    pipeline = transformers.pipeline("audio-classification", model=path, device="cpu")
     return lambda waveform: pipeline.model(**pipeline.preprocess(waveform[0])).logits.softmax(-1).detach().numpy()
 
 
@@ -231,7 +231,7 @@ BACKENDS = {
 
 
 def load_clips(checkpoint: str | None, labels: list[str]) -> tuple[list[np.ndarray], str]:
-    """Returns eight waveforms (1, T), and where from: the checkpoint's own test clips, or else data/emodb."""
+    """Returns up to eight waveforms (1, T), and where from: the checkpoint's own test clips, or else data/emodb."""
     clips, source = [], "its own test split"
     if checkpoint:
         try:
@@ -264,7 +264,8 @@ def run_apart(program: str) -> str:
     here = Path(__file__).parent  # where `python -c` looks for modules first
     done = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"a process of its own failed: {done.stderr.strip().splitlines()[-1]}")
+        reason = done.stderr.strip() or f"status {done.returncode}"  # nothing is said by what the system has killed
+        raise ValueError(f"a process of its own failed: {reason.splitlines()[-1]}")
     return done.stdout
 
 
@@ -279,7 +280,7 @@ def peak_megabytes(load, path: str, threads: int, samples: int) -> float | None:
     program = f"{inspect.getsource(load)}\nimport numpy\nrun = {load.__name__}({path!r}, {threads})\n"
     program += f"run(0.1 * numpy.random.randn(1, {samples}).astype('float32'))\nprint(open('/proc/self/status').read())"
     status = run_apart(program)
-    return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) / 1024  # os.wait4 would count the parent's memory too
+    return int(re.search(r"VmHWM:\s*(\d+)", status)[1]) * 1024 / 1e6  # os.wait4 would count the parent's memory too
 
 
 def measure(runs: dict, threads: int, args) -> dict:

@@ -199,7 +199,7 @@ def calibrate(checkpoints: list[str], args) -> list[float]:
         dev = load_and_score(checkpoints, "dev", None, args.device)
         runs = [dev.run == i for i in range(len(checkpoints))]
         chosen = [lowest_threshold(dev.targets[run], dev.logits[:, run], args.tolerance) for run in runs]
-        for checkpoint, threshold in zip(checkpoints, chosen if train.RANK == 0 else []):
+        for checkpoint, threshold in zip(checkpoints, chosen) if train.RANK == 0 else []:
             path = Path(checkpoint, "config.json")
             config = {**json.loads(path.read_text()), "threshold": threshold}
             sdser.replace_file(path, json.dumps(config, indent=2))
@@ -262,8 +262,8 @@ def evaluate(args) -> tuple[dict, list[tuple[float, float]]]:
     if "fusion" in logits_of:
         costs["fusion"] = Cost(exits[-2], count_parameters(model, exits[:-1]), on_the_way[-2])
     if chosen:
-        left = exit_index(scored.logits, thresholds).numpy()  # (N,)
-        layers, macs = np.array(exits)[left].mean(), on_the_way[left].mean()
+        left_at = exit_index(scored.logits, thresholds).numpy()  # (N,)
+        layers, macs = np.array(exits)[left_at].mean(), on_the_way[left_at].mean()
         costs["early exit"] = Cost(layers, count_parameters(model, exits), macs)
         logits_of["early exit"] = early_logits(scored.logits, thresholds)
 
@@ -286,7 +286,7 @@ def evaluate(args) -> tuple[dict, list[tuple[float, float]]]:
         about = {"path": clip.path, "speaker": clip.speaker, "label": clip.label}
         results["predictions"].append({**about, "answers": said})
     if chosen:
-        results["exit_share"] = {str(k): float((left == i).mean()) for i, k in enumerate(exits)}
+        results["exit_share"] = {str(k): float((left_at == i).mean()) for i, k in enumerate(exits)}
         results["mean_layers"] = costs["early exit"].layers
         for threshold in THRESHOLDS:
             value = sdser.scores(targets, early_logits(scored.logits, threshold))[sdser.METRIC]
@@ -322,7 +322,7 @@ def report(results: dict, args) -> None:
         leaves = ", ".join(f"{100 * share:.0f} % at exit {k}" for k, share in results["exit_share"].items())
         chosen = ", ".join(map(str, results["thresholds"]))
         print(f"early exit at confidence {chosen}, the lowest whose {metric} on dev is within {args.tolerance} of exit "
-              f"{exits[-1]}'s, kept in config.json: {leaves}")  # fmt: skip
+              f"{exits[-1]}'s: {leaves}")  # fmt: skip
 
     print("\nrecall      " + "".join(f"{label[:10]:>11}" for label in labels))
     for row in rows:

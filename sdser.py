@@ -208,7 +208,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         if exits is None:
             exits = default_exits(backbone, config.num_hidden_layers)
         head = [head] if isinstance(head, str) else list(head)
-        if len(head) == 1 < len(exits):
+        if len(head) == 1 and len(exits) > 1:
             head = head * (len(exits) - 1) + ["mean"]
         self.check_arguments(labels, exits, head, tile_seconds, config.num_hidden_layers)
         self.labels, self.exits, self.head_kinds = list(labels), list(exits), head
@@ -542,7 +542,7 @@ def sample_time_mask(config: transformers.PretrainedConfig, hidden: Tensor, vali
     span_length = (num_frames // (2 * max(1, least))).clamp(max=config.mask_time_length)  # (B,)
     mean_spans = config.mask_time_prob * num_frames / span_length.clamp(min=1)  # (B,)
     num_spans = (mean_spans + torch.rand(batch, device=device)).floor().clamp(min=least)  # (B,)
-    most = max(least, 1 + int(config.mask_time_prob * size))  # S: as many as any clip may use
+    most = max(least, 1 + int(config.mask_time_prob * size))  # S: as many as any clip may use, if spans had one frame
     start = (torch.rand(batch, most, device=device) * (num_frames - span_length + 1)[:, None]).long()  # (B, S)
     end = start + span_length[:, None]
     t = torch.arange(size, device=device)
@@ -584,7 +584,7 @@ def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
     Its added attribute `do_normalize` tells whether the backbone was trained on zero-mean, unit-variance waveforms.
     """
     if isinstance(backbone, dict):
-        backbone, config = "the backbone's config", backbone
+        backbone, config = "the backbone's config", backbone  # what messages call it
     elif backbone in SIZES:
         config = {"model_type": "wav2vec2", "activation_dropout": 0.0, **SIZES[backbone]}
     else:
@@ -671,7 +671,7 @@ def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor
             size = min(size, round(seconds * rate))
         if sound.seekable() and sound.format != "MP3":  # libmpg123 seeks inexactly, and prints errors when it does
             sound.seek(first)
-            first = 0
+            first = 0  # nothing is left to skip
         samples = sound.read(first + size, dtype="float32", always_2d=True)[first:]  # (T, channels)
         if size - len(samples) > TOLERANCE * rate:
             raise ValueError(f"{name}: cut short, {len(samples)} of {size} samples are there; replace the file")
@@ -712,7 +712,7 @@ def check_header(name: str, sound: soundfile.SoundFile) -> None:
     check_size(name, sound.frames, sound.samplerate)
     cut = re.search(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
     if cut:
-        promised, present = int(cut[1]), int(cut[2])  # bytes of audio
+        promised, present = int(cut[1]), int(cut[2])  # bytes of audio: what the header claims, what is there
         missing = sound.frames / sound.samplerate * (promised / present - 1)  # seconds
         # Some recorders count the header as audio; programs that write into a pipe declare 2 GiB or more: "unknown".
         if missing > TOLERANCE and promised < 0x7FFFF000:

@@ -244,7 +244,7 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, title: str)
     sums, total_steps = Counter(), args.epochs * math.ceil(len(batches) / args.accumulate)
     bar = progress(load(dataset, to_run, args.workers), title, len(batches))
     for i, (waveforms, lengths, targets) in enumerate(bar):
-        first = i - i % args.accumulate  # batch of this step
+        first = i - i % args.accumulate  # index of the step's first batch
         clips_in_step = sum(len(batch) for batch in batches[first : first + args.accumulate])
         # early on there is nothing to be learned from the teacher; last_epoch counts the steps of the whole run
         ramp = min(1.0, scheduler.last_epoch / (args.distill_warmup * total_steps)) if args.distill_warmup else 1.0

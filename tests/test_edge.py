@@ -186,6 +186,11 @@ def test_export_measures_nothing(tmp_path, refused, flags):
     assert flags[0] in refused(benchmark_edge, tmp_path, "--export", tmp_path / "a.onnx", *flags)
 
 
+@pytest.mark.parametrize(("end", "said"), [("raise ValueError('no room')", "no room"), ("os._exit(9)", "status 9")])
+def test_a_process_that_fails_says_why(end, said):
+    refuses(said, benchmark_edge.run_apart, f"import os\n{end}")
+
+
 def test_budget():
     cells = (3, "torch", 55, 0.0), (3, "onnxruntime", 25, 0.1), (12, "torch", 75, 1e-7), (12, "onnxruntime", 45, 0.2)
     rows = [dict(zip(("exit", "backend", "p95_ms", "max_probability_change"), cell)) for cell in cells]
