@@ -153,7 +153,7 @@ def compare(ours: Scored, theirs: Scored) -> list[dict]:
     # Both sides must hold the same clips. One may hold each of them n times (n seeds), if n is the same for all clips.
     our_counts = Counter(zip((clip[:2] for clip in ours.clips), ours.units))
     their_counts = Counter(zip((clip[:2] for clip in theirs.clips), theirs.units))
-    ratios = {count / their_counts[clip] for clip, count in our_counts.items() if clip in their_counts}
+    ratios = {count / their_counts[key] for key, count in our_counts.items() if key in their_counts}
     if our_counts.keys() != their_counts.keys() or len(ratios) != 1:
         raise ValueError("--against: give runs scored on the same clips, each clip equally often")
     if ours.model.labels != theirs.model.labels or not shared:

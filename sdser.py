@@ -542,7 +542,7 @@ def sample_time_mask(config: transformers.PretrainedConfig, hidden: Tensor, vali
     span_length = (num_frames // (2 * max(1, least))).clamp(max=config.mask_time_length)  # (B,)
     mean_spans = config.mask_time_prob * num_frames / span_length.clamp(min=1)  # (B,)
     num_spans = (mean_spans + torch.rand(batch, device=device)).floor().clamp(min=least)  # (B,)
-    most = max(least, 1 + int(config.mask_time_prob * size))  # S: as many as any clip may use, if spans had one frame
+    most = max(least, 1 + int(config.mask_time_prob * size))  # S: num_spans is never more, even of one-frame spans
     start = (torch.rand(batch, most, device=device) * (num_frames - span_length + 1)[:, None]).long()  # (B, S)
     end = start + span_length[:, None]
     t = torch.arange(size, device=device)
@@ -584,7 +584,7 @@ def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
     Its added attribute `do_normalize` tells whether the backbone was trained on zero-mean, unit-variance waveforms.
     """
     if isinstance(backbone, dict):
-        backbone, config = "the backbone's config", backbone  # what messages call it
+        config, backbone = backbone, "the backbone's config"  # what messages call it
     elif backbone in SIZES:
         config = {"model_type": "wav2vec2", "activation_dropout": 0.0, **SIZES[backbone]}
     else:
@@ -669,10 +669,11 @@ def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor
         size = sound.frames - first
         if seconds is not None:
             size = min(size, round(seconds * rate))
+        skip = first
         if sound.seekable() and sound.format != "MP3":  # libmpg123 seeks inexactly, and prints errors when it does
             sound.seek(first)
-            first = 0  # nothing is left to skip
-        samples = sound.read(first + size, dtype="float32", always_2d=True)[first:]  # (T, channels)
+            skip = 0
+        samples = sound.read(skip + size, dtype="float32", always_2d=True)[skip:]  # (T, channels)
         if size - len(samples) > TOLERANCE * rate:
             raise ValueError(f"{name}: cut short, {len(samples)} of {size} samples are there; replace the file")
     return to_16_khz(name, torch.from_numpy(samples.mean(axis=1)), rate)

@@ -734,7 +734,8 @@ def predict(model: sdser.MultiExitSER, clips: list[Clip], batch_size: int = 16, 
     seconds = [model.tile_seconds or clip.seconds for clip in clips]
     batches = [[]]
     for i in np.argsort(seconds, kind="stable").tolist():  # sorted, so clip i is the longest so far
-        if len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > BATCH_SECONDS:
+        full = len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > BATCH_SECONDS
+        if batches[-1] and full:
             batches.append([])
         batches[-1].append(i)
     batches = batches[RANK::WORLD]

@@ -109,6 +109,7 @@ def test_predict_gives_files_in_any_order_what_each_gets_alone(wav):
         assert clip.seconds == len(waveform) / 16000
         for row, output in zip(answers, model(waveform[None])):
             torch.testing.assert_close(row, output.logits[0], atol=1e-5, rtol=0)
+    train.predict(model, [clips[0]._replace(seconds=100.0)])  # more than a batch may hold: it gets one of its own
 
 
 @pytest.mark.parametrize("tile_seconds", [None, 4.0])
