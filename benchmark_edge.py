@@ -33,12 +33,11 @@ from torch import Tensor, nn
 
 import evaluate
 import sdser
-import train
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add, positive = parser.add_argument, train.positive
+    add, positive = parser.add_argument, evaluate.positive
     add("checkpoint", nargs="?", help="folder written by train.py, or a Hub name")
     add("--backbone", choices=sdser.SIZES, help="instead of a checkpoint: a built-in shape with random weights")
     heads = "with --backbone: one for the shallow exits, or one for each exit (default attention)"
@@ -239,7 +238,7 @@ def load_clips(checkpoint: str | None, labels: list[str]) -> tuple[list[np.ndarr
         except (OSError, ValueError) as error:
             warnings.warn(f"files are compared on clips of data/emodb: {error}", stacklevel=2)
     if not clips:
-        clips, source = train.load_corpus(train.DATA / "emodb"), "data/emodb"
+        clips, source = evaluate.load_corpus(evaluate.DATA / "emodb"), "data/emodb"
     return [sdser.read_clip(clip.path)[None].numpy() for clip in clips[:: math.ceil(len(clips) / 8)]], source
 
 
@@ -312,7 +311,7 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
         macs = {(exit, seconds): evaluate.count_macs(model, round(seconds * sdser.SAMPLE_RATE), exit)
                 for exit, seconds in product(args.exits, args.seconds)}  # fmt: skip
         model.to("meta")  # frees its memory; from here on, only its shapes are needed
-        for exit in train.progress(args.exits, "exits", len(args.exits)):
+        for exit in evaluate.progress(args.exits, "exits", len(args.exits)):
             paths, facts = {}, {}
             for backend in args.backends:
                 load, ending, precision = BACKENDS[backend]
@@ -412,9 +411,9 @@ def ship(model: sdser.MultiExitSER, args) -> None:
 def main(argv=None) -> None:
     args = parse_args(argv)
     logging.disable(logging.WARNING)  # the exporters' remarks to their own developers
-    with train.script():
+    with evaluate.script():
         for path in filter(None, (args.json, args.plot)):
-            train.check_writable(path)
+            evaluate.check_writable(path)
         if args.plot:
             evaluate.new_figure()  # or say that matplotlib is absent
         if "openvino" in args.backends and not importlib.util.find_spec("openvino"):
@@ -423,7 +422,7 @@ def main(argv=None) -> None:
             check_export(args.backend, args.export)
             if os.path.isdir(args.export) and os.listdir(args.export):
                 raise ValueError(f"--export {args.export}: holds files already; name a new folder")
-            train.check_writable(args.export, folder=not Path(args.export).suffix)
+            evaluate.check_writable(args.export, folder=not Path(args.export).suffix)
         if args.checkpoint:
             model = sdser.MultiExitSER.from_pretrained(args.checkpoint)
         else:

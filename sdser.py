@@ -27,7 +27,6 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import safetensors.torch
 import soundfile
 import torch
@@ -769,35 +768,6 @@ def tile(waveform: Tensor, seconds: float) -> Tensor:
 
 
 # -- metrics ----------------------------------------------------------------------------------------------------------
-METRIC = "uar"  # the score by which epochs and thresholds are chosen, and the one with intervals
-
-
-def scores(targets: Tensor, logits: Tensor) -> dict[str, float]:
-    """Returns the UAR, accuracy and macro F1 of logits (N, C) for targets (N,).
-
-    UAR and F1 are means over the classes that occur in the targets.
-    """
-    predictions, classes = logits.argmax(-1), logits.shape[-1]
-    confusion = confusion_matrix(targets, predictions, classes)
-    hits, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    f1 = (2 * hits / np.maximum(true + predicted, 1))[true > 0]
-    uar = unweighted_average_recall(targets, predictions, classes)
-    return {"uar": uar, "accuracy": float(hits.sum() / true.sum()), "macro_f1": float(f1.mean())}
-
-
-def unweighted_average_recall(targets, predictions, num_classes: int) -> float:
-    """Returns the mean recall of the classes that occur in the targets. Both arguments hold class indices, (N,)."""
-    confusion = confusion_matrix(targets, predictions, num_classes)
-    hits, true = confusion.diagonal(), confusion.sum(1)
-    return float((hits[true > 0] / true[true > 0]).mean())
-
-
-def confusion_matrix(targets, predictions, num_classes: int) -> np.ndarray:
-    """Counts class indices (N,) and (N,) into (C, C), a row per true class, a column per prediction."""
-    pairs = np.stack([np.asarray(targets, dtype=int), np.asarray(predictions, dtype=int)])
-    if pairs.size == 0 or pairs.min() < 0 or pairs.max() >= num_classes:
-        raise ValueError(f"class indices: there must be some, all from 0 to {num_classes - 1}")
-    return np.bincount(pairs[0] * num_classes + pairs[1], minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 # -- files: every error is one sentence that names the file -----------------------------------------------------------

@@ -11,6 +11,7 @@ import soundfile
 import torch
 from transformers import HubertConfig, Wav2Vec2Config, WavLMConfig
 
+import evaluate
 import sdser
 import train
 
@@ -62,7 +63,7 @@ def fit(corpus, out, *flags) -> tuple[dict, list[dict]]:
 
 
 def speakers(clips) -> dict[str, set]:
-    return {split: {clip.speaker for clip in clips if clip.split == split} for split in train.SPLITS}
+    return {split: {clip.speaker for clip in clips if clip.split == split} for split in evaluate.SPLITS}
 
 
 def refuses(named, call, *args, **kwargs) -> None:
@@ -147,7 +148,7 @@ def more_speech():
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A manifest of 36 short pieces of real speech: 6 speakers, 2 emotions, 3 clips each."""
-    folder, clips = tmp_path_factory.mktemp("corpus"), train.load_corpus(train.DATA / "emodb")
+    folder, clips = tmp_path_factory.mktemp("corpus"), evaluate.load_corpus(evaluate.DATA / "emodb")
     rows, speakers = ["path,label,speaker"], sorted({clip.speaker for clip in clips})[:6]
     for (i, speaker), label in product(enumerate(speakers), ("anger", "sadness")):
         found = [clip.path for clip in clips if (clip.speaker, clip.label) == (speaker, label)][:3]

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo  # optimizers import it when they first step
 import transformers.models.wav2vec2.modeling_wav2vec2  # noqa: F401
 
+import evaluate
 import train
 
 if "forkserver" in multiprocessing.get_all_start_methods():
@@ -58,7 +59,7 @@ def run_until(calls: int, flags, log) -> None:
 def run_as(rank: int, port: int, *args) -> None:
     """`run` as one of two processes, as torchrun would start it."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    train.RANK, train.WORLD = rank, 2
+    evaluate.RANK, evaluate.WORLD = rank, 2
     run(*args)
 
 

@@ -9,8 +9,8 @@ import soundfile
 import torch
 from conftest import build, readable, refuses, resamples
 
+import evaluate
 import sdser
-import train
 
 
 def tone(rate=16_000):  # one second of 440 Hz
@@ -27,7 +27,7 @@ FORMATS = {
 def test_formats(wav, ending, capfd, little_memory):
     """Each is read whole, as libsndfile alone does, and refused once its end is cut off; a damaged one may be both."""
     path = wav(tone(), f"clip.{ending}", **FORMATS[ending])
-    assert train.look_at([train.Clip(str(path), "joy", None)])[0].seconds == 1.0
+    assert evaluate.look_at([evaluate.Clip(str(path), "joy", None)])[0].seconds == 1.0
     waveform, content = sdser.load_audio(path), path.read_bytes()
     assert waveform.dtype == torch.float32 and waveform.shape == (16_000,)
     torch.testing.assert_close(waveform, torch.from_numpy(soundfile.read(path, dtype="float32")[0]), atol=1e-6, rtol=0)
@@ -84,7 +84,7 @@ def test_unusable_samples_and_rates_that_no_device_has_are_refused(wav, samples,
     path = wav(samples.astype(np.float32), rate=rate, subtype="FLOAT")
     refuses(str(path), sdser.load_audio, path)
     if np.isfinite(samples).all():
-        refuses(str(path), train.look_at, [train.Clip(str(path), "joy", None, "train")])
+        refuses(str(path), evaluate.look_at, [evaluate.Clip(str(path), "joy", None, "train")])
 
 
 @resamples
@@ -95,8 +95,8 @@ def test_original_recordings_match_their_16_khz_twins(more_speech):
     for original in originals:
         ours = sdser.load_audio(original)
         twin = sdser.load_audio(twins / original.parent.name / f"{original.stem}.flac")
-        clip = train.Clip(str(original), "joy", None)
-        assert train.look_at([clip], skip_bad=True) == train.look_at([clip]), "else crops would differ"
+        clip = evaluate.Clip(str(original), "joy", None)
+        assert evaluate.look_at([clip], skip_bad=True) == evaluate.look_at([clip]), "else crops would differ"
         assert abs(len(ours) - len(twin)) <= 2
         both = torch.nn.utils.rnn.pad_sequence([ours, twin])
         assert torch.corrcoef(both.T)[0, 1] > 0.98
@@ -108,7 +108,7 @@ def test_odd_files_are_read_whole_or_refused(more_speech):
     odd = more_speech("odd")
     for name in ("gsm.wav", "ok.wav", "phone_plus44.wav"):
         whole, part = sdser.load_audio(odd / name), sdser.load_audio(odd / name, 0.5, 1.0)
-        [looked] = train.look_at([train.Clip(str(odd / name), "joy", None)])
+        [looked] = evaluate.look_at([evaluate.Clip(str(odd / name), "joy", None)])
         assert len(whole) / 16_000 == pytest.approx(2.0, abs=0.01) == looked.seconds
         with open(odd / name, "rb") as file:
             assert torch.equal(sdser.load_audio(file), whole)

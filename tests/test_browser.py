@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 import benchmark_edge
+import evaluate
 import sdser
-import train
 
 ROOT = Path(__file__).parents[1]
 ORT_WEB = Path(os.environ.get("SDSER_ORT_WEB") or ROOT / "node_modules" / "onnxruntime-web" / "dist")
@@ -76,9 +76,9 @@ def browse(folder, names) -> dict:
 @pytest.mark.skipif(not ORT_WEB.is_dir(), reason=f"no {ORT_WEB}; SDSER_ORT_WEB can name another folder")
 def test_the_page_answers_as_python_does(tmp_path, wav):
     """The page as it stands, with data/emodb's labels. Resamplers differ, so other rates get a wide tolerance."""
-    clips = train.load_corpus(train.DATA / "emodb")
+    clips = evaluate.load_corpus(evaluate.DATA / "emodb")
     labels = sorted({clip.label for clip in clips})
-    model = sdser.MultiExitSER(labels, str(train.DATA / "hubert-small"), [2], "attention").eval()
+    model = sdser.MultiExitSER(labels, str(evaluate.DATA / "hubert-small"), [2], "attention").eval()
     model.heads["2"].classifier.weight.data *= 3  # so that different sounds get different answers
     benchmark_edge.export(model, 2, "fp32", tmp_path / "model.onnx")
     page = Path(shutil.copy(ROOT / "docs" / "browser.html", tmp_path)).read_text("utf-8")

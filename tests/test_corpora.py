@@ -6,8 +6,9 @@ from collections import Counter
 import pytest
 from conftest import refuses, speakers, write
 
+import evaluate
 import train
-from train import Clip
+from evaluate import Clip
 
 NAMES = {
     "ravdess": {"Actor_12/03-01-06-01-02-01-12.wav": ("fear", "12"), "03-01-02-01-02-01-01.flac": ("calm", "01")},
@@ -36,7 +37,7 @@ def test_known_file_names(tmp_path, corpus):
     touch(tmp_path / "elsewhere", *NAMES[corpus])
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus" / "link").symlink_to(tmp_path / "elsewhere")
-    clips = train.load_corpus(tmp_path / "corpus")
+    clips = evaluate.load_corpus(tmp_path / "corpus")
     assert clips == [Clip(f"{tmp_path}/corpus/link/{name}", *NAMES[corpus][name]) for name in sorted(NAMES[corpus])]
 
 
@@ -46,30 +47,30 @@ def test_known_file_names(tmp_path, corpus):
 ])  # fmt: skip
 def test_other_files_and_second_copies_are_left_out_and_one_is_named(tmp_path, names):
     with pytest.warns(UserWarning, match=names[1]):
-        [clip] = train.load_corpus(touch(tmp_path, *names))
+        [clip] = evaluate.load_corpus(touch(tmp_path, *names))
     assert clip.path == str(tmp_path / names[0])
 
 
 def test_what_is_no_corpus_is_refused(tmp_path):
     for names in ([], [".git/03a01Fa.wav"], ["hello.wav"], ["03a01Xa.wav"]):
-        refuses(f"^{tmp_path}", train.load_corpus, touch(tmp_path, *names))
+        refuses(f"^{tmp_path}", evaluate.load_corpus, touch(tmp_path, *names))
     with pytest.raises(FileNotFoundError, match=r"^iemocap: "):
-        train.load_corpus("iemocap")
+        evaluate.load_corpus("iemocap")
 
 
 # -- manifests --------------------------------------------------------------------------------------------------------
 def test_manifest(tmp_path):
     text = 'label, path ,speaker, split,note\r\njoy,"a, b.wav",S1,train,x\r\nSorge,/abs/ü.wav,,dev,\r\n\r\n'
-    assert train.load_corpus(write(tmp_path / "list.csv", text, "utf-8-sig")) == [
+    assert evaluate.load_corpus(write(tmp_path / "list.csv", text, "utf-8-sig")) == [
         Clip(str(tmp_path / "a, b.wav"), "joy", "S1", "train", more={"note": "x"}),
         Clip("/abs/ü.wav", "Sorge", None, "dev", more={"note": ""}),
     ]
     for name, delimiter in (("a.csv", "\t"), ("b.csv", ";"), ("c.tsv", ",")):  # the first line tells, not the ending
         text = "path,label,speaker\nx.wav,joy,s\n".replace(",", delimiter)
-        assert train.load_corpus(write(tmp_path / name, text)) == [Clip(str(tmp_path / "x.wav"), "joy", "s")]
+        assert evaluate.load_corpus(write(tmp_path / name, text)) == [Clip(str(tmp_path / "x.wav"), "joy", "s")]
     text = "path,label,speaker\na/001.wav,joy,s\nb/001.wav,joy,s\na/001.wav,joy,s\n"
     with pytest.warns(UserWarning, match=r"a/001\.wav"):  # one path counts once, two equal names do not
-        clips = train.load_corpus(write(tmp_path / "d.csv", text))
+        clips = evaluate.load_corpus(write(tmp_path / "d.csv", text))
     assert [clip.path for clip in clips] == [str(tmp_path / "a/001.wav"), str(tmp_path / "b/001.wav")]
 
 
@@ -83,7 +84,7 @@ def test_manifest(tmp_path):
 ])  # fmt: skip
 def test_bad_manifests_are_refused_with_the_line(tmp_path, text, where):
     manifest = write(tmp_path / "a.csv", text, "latin-1")
-    refuses(f"^{manifest}: .*{where}", train.load_corpus, manifest)
+    refuses(f"^{manifest}: .*{where}", evaluate.load_corpus, manifest)
 
 
 @pytest.mark.parametrize(("old", "new", "named"), [
@@ -102,11 +103,11 @@ def made_up(count):
 
 
 def test_folds_share_no_speaker_miss_no_label_and_test_every_clip_once():
-    folds = [train.split_clips(made_up(10), (i, 5)) for i in range(1, 6)]
+    folds = [evaluate.split_clips(made_up(10), (i, 5)) for i in range(1, 6)]
     for clips, following in zip(folds, folds[1:] + folds[:1]):
         groups = speakers(clips).values()
         assert sum(map(len, groups)) == len(set().union(*groups)) == 10
-        for split in train.SPLITS:
+        for split in evaluate.SPLITS:
             assert {clip.label for clip in clips if clip.split == split} == {"a", "b"}
         assert [clip._replace(split=None) for clip in clips] == made_up(10)
         assert speakers(clips)["dev"] == speakers(following)["test"]
@@ -115,7 +116,7 @@ def test_folds_share_no_speaker_miss_no_label_and_test_every_clip_once():
     assert max(map(len, tested)) <= 1.3 * min(map(len, tested))
 
 
-OWN = [Clip(f"{split}-{label}", label, f"s{split}", split) for split in train.SPLITS for label in "ab"]
+OWN = [Clip(f"{split}-{label}", label, f"s{split}", split) for split in evaluate.SPLITS for label in "ab"]
 
 
 @pytest.mark.parametrize(("clips", "named"), [
@@ -124,7 +125,7 @@ OWN = [Clip(f"{split}-{label}", label, f"s{split}", split) for split in train.SP
     (OWN[:-2], "test"), (OWN[2:], "train"), ([*OWN, Clip("y", "rare", "sdev", "dev")], "train .*rare"),
 ])  # fmt: skip
 def test_splits_that_cannot_be_are_refused(clips, named):
-    refuses(named, train.split_clips, clips)
+    refuses(named, evaluate.split_clips, clips)
 
 
 def test_a_label_that_dev_or_test_lacks_is_warned_of():
@@ -132,21 +133,21 @@ def test_a_label_that_dev_or_test_lacks_is_warned_of():
     emodb = [Clip(f"{i}{x}", x, f"{i:02}") for i in range(10) for x in "WLEAFTN" if (i, x) != (8, "E")]
     for i in range(1, 9):
         with warnings.catch_warnings(action="error"):
-            train.split_clips(emodb, (i, 10))
+            evaluate.split_clips(emodb, (i, 10))
     whole = " or ".join(f"{i}/10" for i in range(1, 9))
     for i, split in ((9, "dev"), (10, "test")):  # the speaker with the fewest clips is dealt last
         with pytest.warns(UserWarning, match=f"{split} split lacks E.*--fold {whole}$"):
-            train.split_clips(emodb, (i, 10))
+            evaluate.split_clips(emodb, (i, 10))
     with pytest.warns(UserWarning, match="test split lacks b"):  # official splits
-        train.split_clips(OWN[:-1])
+        evaluate.split_clips(OWN[:-1])
 
 
 def test_real_corpora(more_speech):
-    emodb = train.split_clips(train.load_corpus(train.DATA / "emodb"))
+    emodb = evaluate.split_clips(evaluate.load_corpus(evaluate.DATA / "emodb"))
     assert len(emodb) == 339 and len({clip.speaker for clip in emodb}) == 10
     assert {clip.label for clip in emodb} == {"anger", "happiness", "neutral", "sadness"}
     assert (speakers(emodb)["test"], speakers(emodb)["dev"]) == ({"08", "10"}, {"12", "14"})  # as in the study
-    ravdess = train.split_clips(train.load_corpus(more_speech("ravdess")))
+    ravdess = evaluate.split_clips(evaluate.load_corpus(more_speech("ravdess")))
     assert len(ravdess) == 1440 and len({clip.speaker for clip in ravdess}) == 24
     others = ("calm", "happiness", "sadness", "anger", "fear", "disgust", "surprise")
     assert Counter(clip.label for clip in ravdess) == {"neutral": 96, **dict.fromkeys(others, 192)}

@@ -23,7 +23,7 @@ import benchmark_edge
 import evaluate
 import sdser
 import train
-from train import Clip
+from evaluate import Clip
 
 ROOT = Path(__file__).parents[1]
 README, CORPORA = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/corpora.md"))
@@ -59,7 +59,7 @@ def test_python_blocks_run():
 def test_the_lecture_prints_what_it_says(monkeypatch):
     """Its blocks in turn; the network has not been fine-tuned, so its numbers differ, and only they."""
     monkeypatch.setattr("matplotlib.pyplot", Mock(subplots=lambda *_, **__: (Mock(), [Mock(), Mock()])), raising=False)
-    os.symlink(train.DATA, "data")
+    os.symlink(evaluate.DATA, "data")
     labels = ["anger", "happiness", "neutral", "sadness"]
     sdser.MultiExitSER(labels, train.HUBERT_SMALL, [2, 4, 6], "attention").save_pretrained("out")
     names, lecture = {}, (ROOT / "docs/lecture.md").read_text(encoding="utf-8")
@@ -71,11 +71,13 @@ def test_the_lecture_prints_what_it_says(monkeypatch):
     assert names["by_hand"].item() == pytest.approx(names["loss"].item(), abs=1e-6)
 
 
-def test_scripts_import_only_what_is_below_them():
-    floors = [sdser, *SCRIPTS.values()]
-    for i, script in enumerate(floors):
-        imported = re.findall(r"^ *(?:import|from) (\w+)", Path(script.__file__).read_text(), re.MULTILINE)
-        assert not {module.__name__ for module in floors[i:]} & set(imported)
+def test_modules_import_only_what_is_below_them():
+    """sdser < evaluate < train, and evaluate < benchmark_edge."""
+    below = {"sdser": set(), "evaluate": {"sdser"}}
+    below |= dict.fromkeys(("train", "benchmark_edge"), {"sdser", "evaluate"})
+    for name, allowed in below.items():
+        imported = re.findall(r"^ *(?:import|from) (\w+)", Path(ROOT, f"{name}.py").read_text(), re.MULTILINE)
+        assert below.keys() & set(imported) <= allowed, name
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -101,7 +103,7 @@ def run(section: str, *changes: tuple[str, str]) -> list[Clip]:
         assert code.count(old) == 1, old
         code = code.replace(old, new)
     exec(compile(code, section, "exec"), {"__name__": "__main__"})
-    return train.load_corpus(re.search(r'open\("(.+?)", "w"', code)[1])
+    return evaluate.load_corpus(re.search(r'open\("(.+?)", "w"', code)[1])
 
 
 def write_dialog(dialog: str, turns: dict[str, str]) -> None:
@@ -130,8 +132,8 @@ def test_iemocap_holds_out_whole_sessions():
     assert Clip(path, "happiness", "Ses05") in clips
 
     four = [clip for clip in clips if clip.label in common]  # what --labels does
-    folds = [speakers(train.split_clips(four, (fold, 5))) for fold in range(1, 6)]
-    assert all([len(fold[split]) for split in train.SPLITS] == [3, 1, 1] for fold in folds)
+    folds = [speakers(evaluate.split_clips(four, (fold, 5))) for fold in range(1, 6)]
+    assert all([len(fold[split]) for split in evaluate.SPLITS] == [3, 1, 1] for fold in folds)
     assert set.union(*(fold["test"] for fold in folds)) == {"Ses01", "Ses02", "Ses03", "Ses04", "Ses05"}
 
 
@@ -152,7 +154,7 @@ def test_emobox_takes_dev_from_the_training_sessions():
         turns[n] = [(f"{folder}/Ses0{n}F_impro04_F00{i}.wav", emo) for i, emo in enumerate(labels)]
     write_lists("iemocap", 1, labels, train=turns[5] + turns[4] + turns[3] + turns[2], test=turns[1])
     write_lists("iemocap", 2, labels, test=turns[2])
-    clips = train.split_clips(run("EmoBox"))
+    clips = evaluate.split_clips(run("EmoBox"))
     assert speakers(clips) == {"train": {"Ses03", "Ses04", "Ses05"}, "dev": {"Ses02"}, "test": {"Ses01"}}
     assert Counter(clip.label for clip in clips) == {"Happy": 10, "Neutral": 5, "Angry": 5, "Sad": 5}
     assert Clip(f"path/to/EmoBox/downloads/iemocap/{turns[2][4][0]}", "Happy", "Ses02", "dev") in clips
@@ -164,8 +166,8 @@ def test_emobox_without_speakers_takes_every_fourth_clip_of_a_label():
     test = [("wav/16a01Wa.wav", "anger"), ("wav/16a01Na.wav", "neutral")]
     labels = {"anger": "Angry", "Neutral": "Neutral"}  # the real map has no "neutral"
     write_lists("emodb", 2, labels, train=training, test=test)
-    clips = train.split_clips(run("EmoBox", (r'r"Ses\d\d"', 'r""'), ('"iemocap", 1', '"emodb", 2')))
-    names = {split: {Path(clip.path).stem for clip in clips if clip.split == split} for split in train.SPLITS}
+    clips = evaluate.split_clips(run("EmoBox", (r'r"Ses\d\d"', 'r""'), ('"iemocap", 1', '"emodb", 2')))
+    names = {split: {Path(clip.path).stem for clip in clips if clip.split == split} for split in evaluate.SPLITS}
     assert names["dev"] == {"03a00Wa", "03a04Wa", "03a00Nc", "03a04Nc"}
     assert names["test"] == {"16a01Wa", "16a01Na"}
     assert Counter(clip.label for clip in clips) == {"Angry": 9, "neutral": 6}
@@ -181,9 +183,9 @@ def test_msp_podcast_leaves_unknown_speakers_empty():
             lines.append(f"MSP-PODCAST_000{podcast}_{n}.wav,{letter},2.2,4.0,2.6,{speaker},Male,{part}")
     write("path/to/MSP-Podcast/Labels/labels_consensus.csv", "\r\n".join(lines) + "\r\n", "utf-8-sig")
     eight = ["anger", "sadness", "happiness", "surprise", "fear", "disgust", "contempt", "neutral"]
-    assert train.split_clips(run("MSP-Podcast")) == [
+    assert evaluate.split_clips(run("MSP-Podcast")) == [
         Clip(f"path/to/MSP-Podcast/Audios/MSP-PODCAST_000{podcast}_{n}.wav", label, speaker, split)
-        for podcast, split in enumerate(train.SPLITS)
+        for podcast, split in enumerate(evaluate.SPLITS)
         for n, label, speaker in zip(range(8), eight, [None, None, *(f"{podcast}{n}" for n in range(2, 8))])
     ]
 
@@ -219,7 +221,7 @@ def test_folders(section):
 
 def test_folders_that_do_not_tell_speakers_or_may_be_speakers():
     write("path/to/folders/anger/01.wav")
-    refuses(r"anger/01\.wav", train.split_clips, run("A folder for each label"))
+    refuses(r"anger/01\.wav", evaluate.split_clips, run("A folder for each label"))
     for name in ("anna/anger", "anna/joy", "ben/anger", "ben/joy"):
         write(f"path/to/swapped/{name}/01.wav")
     with pytest.raises(SystemExit, match="anger, joy"):
@@ -230,7 +232,7 @@ def test_segments_are_cut():
     write("path/to/list.csv", "path,start,end,label,speaker\nlong.wav,0.5,1.25,joy,anna\nlong.wav,2,3,anger,ben\n")
     samples = np.random.default_rng(0).uniform(-0.5, 0.5, 32_000)
     soundfile.write("path/to/long.wav", samples, 8000, subtype="FLOAT")
-    refuses(r"start.*docs/corpora\.md", train.load_corpus, "path/to/list.csv")
+    refuses(r"start.*docs/corpora\.md", evaluate.load_corpus, "path/to/list.csv")
     clips = run("Segments of long recordings")
     assert [(clip.label, clip.speaker) for clip in clips] == [("joy", "anna"), ("anger", "ben")]
     for clip, (first, last) in zip(clips, ((4000, 10_000), (16_000, 24_000)), strict=True):

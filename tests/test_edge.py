@@ -17,7 +17,6 @@ from transformers import pipeline
 import benchmark_edge
 import evaluate
 import sdser
-import train
 
 needs_onnx = pytest.mark.skipif(not benchmark_edge.has_onnx(), reason="no onnx")
 
@@ -42,7 +41,9 @@ def run_alone(folder, clip) -> tuple[str, list, list]:
 
     In a process that imports neither torch nor this project.
     """
-    [code] = re.findall(r"```python\n(.*?)```", (train.DATA.parent / "docs" / "edge.md").read_text("utf-8"), re.DOTALL)
+    [code] = re.findall(
+        r"```python\n(.*?)```", (evaluate.DATA.parent / "docs" / "edge.md").read_text("utf-8"), re.DOTALL
+    )
     code += "import sys\nassert not {'torch', 'sdser'} & set(sys.modules)\n"
     code += "print(json.dumps([probabilities.tolist(), labels]))"
     soundfile.write(folder / "clip.wav", clip.numpy(), 16_000, subtype="FLOAT")
@@ -106,7 +107,7 @@ def test_exports_are_checked_on_the_checkpoints_test_clips_or_else_on_real_speec
     (tmp_path / "a.wav").unlink()
     with pytest.warns(UserWarning, match=r"a\.wav"):  # and it is said why
         clips, source = benchmark_edge.load_clips(str(tmp_path), LABELS)
-    first = sdser.load_audio(sorted((train.DATA / "emodb").glob("*.ogg"))[0])
+    first = sdser.load_audio(sorted((evaluate.DATA / "emodb").glob("*.ogg"))[0])
     assert len(clips) == 8 and source == "data/emodb" and np.array_equal(clips[0][0], first)
 
 

@@ -15,7 +15,6 @@ from conftest import LABELS, build, fit, read_run, refuses, write
 
 import evaluate
 import sdser
-import train
 
 PLOT = ["--plot", "plots"] if importlib.util.find_spec("matplotlib") else []
 
@@ -43,7 +42,7 @@ def call(*flags) -> dict:
 
 
 def uar(scored: evaluate.Scored, answers: torch.Tensor) -> float:
-    return sdser.unweighted_average_recall(scored.targets, answers, len(scored.model.labels))
+    return evaluate.unweighted_average_recall(scored.targets, answers, len(scored.model.labels))
 
 
 # -- cost -------------------------------------------------------------------------------------------------------------
@@ -73,7 +72,7 @@ def made_up(wrong: float) -> evaluate.Scored:
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 3, 240)
     answers = np.where(rng.random(240) < wrong, (targets + 1) % 3, targets)
-    clips = [train.Clip(f"{i}.wav", LABELS[target], f"s{i // 20}", "test") for i, target in enumerate(targets)]
+    clips = [evaluate.Clip(f"{i}.wav", LABELS[target], f"s{i // 20}", "test") for i, target in enumerate(targets)]
     logits = torch.nn.functional.one_hot(torch.tensor(answers), 3).float().expand(3, -1, -1)
     return evaluate.Scored(build(), clips, torch.zeros(len(clips), dtype=int), logits)
 
@@ -86,7 +85,7 @@ def test_bootstrap_draws_speakers_with_all_their_clips():
     rng, names, expected = np.random.default_rng(1), np.unique(scored.units), []
     for _ in range(1000):  # the plain way: draw speakers, put their clips together, score them
         clips = np.concatenate([np.flatnonzero(scored.units == name) for name in rng.choice(names, len(names))])
-        expected.append(sdser.unweighted_average_recall(targets[clips], answers[clips], 3))
+        expected.append(evaluate.unweighted_average_recall(targets[clips], answers[clips], 3))
     assert draws.mean() == pytest.approx(np.mean(expected), abs=0.005)
     assert np.percentile(draws, [2.5, 97.5]) == pytest.approx(np.percentile(expected, [2.5, 97.5]), abs=0.015)
     # by hand: a mean over the classes that are drawn; class 2 has one speaker, class 3 none; one speaker has no width
@@ -114,7 +113,7 @@ def test_early_exit_and_fusion_by_hand():
     assert evaluate.exit_index(logits, torch.tensor([0.9, 0.0, 0.9, 0.0])).tolist() == [0, 0, 2, 0]
     assert evaluate.exit_index(logits, logits[0, 0].softmax(-1).max().item())[0] == 0  # just reached
     assert evaluate.early_logits(logits, 0.9).argmax(-1).tolist() == [0, 1, 2, 0]
-    rows = {exit: row.argmax(-1).tolist() for exit, row in train.answers([1, 2, 4], logits).items()}
+    rows = {exit: row.argmax(-1).tolist() for exit, row in evaluate.answers([1, 2, 4], logits).items()}
     assert rows[4] == [0, 0, 2, 0] and rows["fusion"] == [0, 1, 0, 0]  # of exits 1 and 2
     # exit 1 is certain and wrong, even at a confidence of 1, where the deepest exit is right
     targets, logits = torch.tensor([1]), torch.tensor([[[200.0, 0.0]], [[0.0, 1.0]]])
@@ -170,7 +169,7 @@ def test_scores_equal_the_training_runs_and_folds_are_pooled(runs, monkeypatch, 
         assert 0 < rows[0][name] < rows[1][name] < rows[3][name] < rows[2][name]
     assert (one["split"], one["clips"], one["speakers"], one["chance"]) == ("test", 12, 2, 0.5)
     assert (pooled["clips"], pooled["speakers"]) == (24, 4)
-    clips = [clip for fold in folds for clip in train.load_corpus(fold / "split.csv") if clip.split == "test"]
+    clips = [clip for fold in folds for clip in evaluate.load_corpus(fold / "split.csv") if clip.split == "test"]
     said = [(clip["path"], clip["speaker"], clip["label"]) for clip in pooled["predictions"]]
     assert said == [(clip.path, clip.speaker, clip.label) for clip in clips]
     for row, first, second in zip(pooled["rows"], one["rows"], two["rows"], strict=True):
@@ -212,7 +211,7 @@ def test_another_corpus(runs, refused):
         text += f"\n{i}.wav,{label}"
     results = call(runs / "fold1", "--data", write("new.csv", text), "--against", runs / "other")
     assert (results["split"], results["clips"], results["speakers"]) == ("all", 6, None)
-    assert len(set(evaluate.Scored(None, train.load_corpus("new.csv"), None, None).units)) == 6  # clips are drawn
+    assert len(set(evaluate.Scored(None, evaluate.load_corpus("new.csv"), None, None).units)) == 6  # clips are drawn
     write("new.csv", text.replace("4.wav,anger", "4.wav,joy"))
     with pytest.warns(UserWarning, match=r"new\.csv: left out 1 of 6 clips.*joy"):  # the rest is scored
         results = call(runs / "fold1", "--data", "new.csv")
@@ -246,7 +245,7 @@ def test_training_clips_are_not_scored(runs, corpus, tmp_path, refused):
 
 
 def test_audio(runs, corpus, refused):
-    run, clips = runs / "fold1", [clip.path for clip in train.load_corpus(corpus)][:2]
+    run, clips = runs / "fold1", [clip.path for clip in evaluate.load_corpus(corpus)][:2]
     assert "gone.wav" in refused(evaluate, run, "--audio", clips[0], "gone.wav", clips[1], "--json", "a.json")
     model = sdser.MultiExitSER.from_pretrained(run)
     for path, row, wanted in zip(clips, json.loads(Path("a.json").read_text()), model.classify(clips), strict=True):

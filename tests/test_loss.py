@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import refuses
 
-import sdser
+import evaluate
 from sdser import ExitOutput, fuse, self_distillation_loss
 
 # Of the clips, the teacher is right about the first and wrong about the second, so that what only one of them counts
@@ -81,9 +81,9 @@ def test_uar_by_hand():
     # F1 = 2 hits / (true + predicted): 4 / (3 + 3), 2 / (2 + 2), 0 / (1 + 0), over the classes that occur
     expected = {"uar": (2 / 3 + 1 / 2 + 0) / 3, "accuracy": 3 / 6, "macro_f1": (4 / 6 + 2 / 4 + 0) / 3}
     logits = torch.nn.functional.one_hot(torch.tensor(predictions), 4).float()
-    assert sdser.scores(torch.tensor(targets), logits) == pytest.approx(expected)
-    assert sdser.unweighted_average_recall(targets, predictions, 4) == pytest.approx(expected["uar"])
-    confusion = sdser.confusion_matrix(targets, predictions, 4)
+    assert evaluate.scores(torch.tensor(targets), logits) == pytest.approx(expected)
+    assert evaluate.unweighted_average_recall(targets, predictions, 4) == pytest.approx(expected["uar"])
+    confusion = evaluate.confusion_matrix(targets, predictions, 4)
     assert confusion.tolist() == [[2, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
     for targets, predictions in (([0, 1], [3, 1]), ([0, -1], [0, 1]), ([], [])):
-        refuses("class indices", sdser.unweighted_average_recall, targets, predictions, 3)
+        refuses("class indices", evaluate.unweighted_average_recall, targets, predictions, 3)

@@ -20,7 +20,7 @@ from transformers import AutoModel
 import evaluate
 import sdser
 import train
-from train import Clip
+from evaluate import Clip
 
 NAN = np.full(8000, np.nan, dtype=np.float32)  # in a file, its header is sound
 
@@ -49,8 +49,8 @@ def test_files_of_a_run(corpus, tmp_path, monkeypatch):
         assert line["loss"] == pytest.approx(line["ce"] + line["ce_students"] + distilled, rel=1e-4)
         assert (line["kl"] > 0) == (line["hint"] > 0) == (ramp > 0)
     assert results["dev"] == max(log, key=lambda line: line["dev_uar"])["dev"], "the best epoch was saved"
-    clips = train.load_corpus(out / "split.csv")
-    assert clips == train.split_clips(train.load_corpus(corpus))
+    clips = evaluate.load_corpus(out / "split.csv")
+    assert clips == evaluate.split_clips(evaluate.load_corpus(corpus))
     scored, tested = ([clip.path for clip in clips if clip.split in splits] for splits in (("dev", "test"), ("test",)))
     read = [call.args[0] for call in load_audio.mock_calls]
     first, later, last = read[: len(scored)], read[len(scored) : -len(tested)], read[-len(tested) :]
@@ -91,9 +91,9 @@ def test_labels_keep_their_clips_alone_and_final_trains_on_dev_too_to_the_last_e
     assert results["labels"] == sdser.MultiExitSER.from_pretrained(out).labels == ["anger", "sadness"]
     assert "dev" not in results and [row["exit"] for row in results["test"]["exits"]] == [1, 2, 4]
     assert all("dev" not in line for line in log)
-    usual = [clip for clip in train.load_corpus(manifest) if clip.label != "joy"]
+    usual = [clip for clip in evaluate.load_corpus(manifest) if clip.label != "joy"]
     expected = [clip._replace(split="test" if clip.split == "test" else "train") for clip in usual]
-    assert train.load_corpus(out / "split.csv") == expected and len(expected) == 30
+    assert evaluate.load_corpus(out / "split.csv") == expected and len(expected) == 30
     state = torch.load(out / "train_state.pt", weights_only=True)
     kept = sdser.MultiExitSER.from_pretrained(out).state_dict()
     assert all(torch.equal(value, kept[name]) for name, value in state["model"].items())
@@ -102,14 +102,14 @@ def test_labels_keep_their_clips_alone_and_final_trains_on_dev_too_to_the_last_e
 def test_predict_gives_files_in_any_order_what_each_gets_alone(wav):
     """Real speech of 1.4 to 9 s, and the shortest of clips."""
     model, shortest = sdser.MultiExitSER(["a", "b"], "small").eval(), wav(0.1 * torch.randn(401).numpy())
-    paths = [*sorted((train.DATA / "emodb").glob("*.ogg"))[:60:10], shortest]
-    clips = train.look_at([Clip(str(path), "a", None) for path in paths])
-    for clip, answers in zip(clips, train.predict(model, clips, batch_size=2).unbind(1), strict=True):
+    paths = [*sorted((evaluate.DATA / "emodb").glob("*.ogg"))[:60:10], shortest]
+    clips = evaluate.look_at([Clip(str(path), "a", None) for path in paths])
+    for clip, answers in zip(clips, evaluate.predict(model, clips, batch_size=2).unbind(1), strict=True):
         waveform = sdser.load_audio(clip.path)
         assert clip.seconds == len(waveform) / 16000
         for row, output in zip(answers, model(waveform[None])):
             torch.testing.assert_close(row, output.logits[0], atol=1e-5, rtol=0)
-    train.predict(model, [clips[0]._replace(seconds=100.0)])  # more than a batch may hold: it gets one of its own
+    evaluate.predict(model, [clips[0]._replace(seconds=100.0)])  # more than a batch may hold: it gets one of its own
 
 
 @pytest.mark.parametrize("tile_seconds", [None, 4.0])
@@ -117,14 +117,14 @@ def test_scoring_holds_no_more_seconds_at_once_than_a_training_batch(monkeypatch
     """Long clips come in smaller batches, and nothing else changes."""
     model = sdser.MultiExitSER(["a", "b"], "tiny", tile_seconds=tile_seconds)
     clips = [Clip(str(i), "a", None, "test", seconds) for i, seconds in enumerate([30.0, 1.0, 40.0, 2.0] * 10)]
-    monkeypatch.setattr(train, "load", Mock(return_value=[]))
-    train.predict(model, clips)
-    seen = train.load.call_args.args[1]
+    monkeypatch.setattr(evaluate, "load", Mock(return_value=[]))
+    evaluate.predict(model, clips)
+    seen = evaluate.load.call_args.args[1]
     assert sorted(i for batch in seen for i in batch) == list(range(40))
     assert max(len(batch) for batch in seen) == 16
     for batch in seen:
         longest = tile_seconds or max(clips[i].seconds for i in batch)
-        assert len(batch) * longest <= train.BATCH_SECONDS
+        assert len(batch) * longest <= evaluate.BATCH_SECONDS
 
 
 def test_a_corpus_that_has_moved_is_found_by_its_new_paths(corpus, tmp_path, refused):
@@ -153,12 +153,12 @@ def test_a_manifests_other_columns_stay_with_the_clip_and_may_be_the_truth(corpu
     (tmp_path / "votes.csv").write_text("\n".join(rows))
     loss = Mock(wraps=sdser.self_distillation_loss)
     monkeypatch.setattr(sdser, "self_distillation_loss", loss)
-    monkeypatch.setattr(train, "target_of", lambda clip, labels: [int(votes) / 3 for votes in clip.more.values()])
-    monkeypatch.setattr(sdser, "scores", lambda targets, logits: {"uar": -F.cross_entropy(logits, targets).item()})
+    monkeypatch.setattr(evaluate, "target_of", lambda clip, labels: [int(votes) / 3 for votes in clip.more.values()])
+    monkeypatch.setattr(evaluate, "scores", lambda targets, logits: {"uar": -F.cross_entropy(logits, targets).item()})
     fit(tmp_path / "votes.csv", tmp_path / "run", "--epochs", 1)
     learned = torch.cat([call.args[1] for call in loss.mock_calls]).unique(dim=0)
     torch.testing.assert_close(learned, torch.tensor([[0, 1], [2 / 3, 1 / 3]]))
-    assert all(clip.more == votes[clip.label] for clip in train.load_corpus(tmp_path / "run" / "split.csv"))
+    assert all(clip.more == votes[clip.label] for clip in evaluate.load_corpus(tmp_path / "run" / "split.csv"))
     scored = evaluate.load_and_score([str(tmp_path / "run")], "test", None, "cpu")
     assert scored.targets.shape == (len(scored.clips), 2)
 
@@ -168,12 +168,12 @@ def weights_after_an_epoch(corpus, batch_size, *flags):
     """Losses of an epoch of 8 clips without dropout or masks, and the weights after it."""
     args = train.parse_args(["--device", "cpu", "--preset", "scratch", "--distill-warmup", "0", *flags])
     args.workers, args.max_norm = 0, None  # a limit to the gradient would hide a wrong scale
-    clips = train.look_at(train.load_corpus(corpus)[:8])
+    clips = evaluate.look_at(evaluate.load_corpus(corpus)[:8])
     torch.manual_seed(0)
     model = sdser.MultiExitSER(["anger", "sadness"], {**LAYOUTS["wav2vec2-base"].to_dict(), **NO_CHANCE}, [1, 4])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     batches = [list(range(8))[i : i + batch_size] for i in range(0, 8, batch_size)]
-    dataset = train.ClipDataset(clips, model.labels, crop_seconds=args.seconds)
+    dataset = evaluate.ClipDataset(clips, model.labels, crop_seconds=args.seconds)
     losses = train.train_epoch(model, dataset, batches, optimizer, Mock(), args, "")
     return losses, model.state_dict()
 
@@ -186,8 +186,8 @@ def test_accumulation_equals_one_large_batch_and_balanced_weights_are_inverse_fr
         torch.testing.assert_close(small, large, atol=1e-5, rtol=1e-4)
     _, separate = weights_after_an_epoch(corpus, 2)
     assert not torch.allclose(separate["heads.4.classifier.weight"], large["heads.4.classifier.weight"], atol=1e-4)
-    clips = train.load_corpus(corpus)[:8]  # 5 of anger, 3 of sadness
-    weights = train.inverse_frequencies(train.ClipDataset(clips, ["anger", "sadness"]))
+    clips = evaluate.load_corpus(corpus)[:8]  # 5 of anger, 3 of sadness
+    weights = train.inverse_frequencies(evaluate.ClipDataset(clips, ["anger", "sadness"]))
     assert weights.tolist() == pytest.approx([8 / 2 / 5, 8 / 2 / 3])
     assert weights_after_an_epoch(corpus, 8, "--balanced")[0]["ce"] != pytest.approx(losses["ce"], rel=1e-3)
 
@@ -287,17 +287,17 @@ def test_every_flag_of_a_recipe_reaches_the_training(corpus, tmp_path, monkeypat
     assert not autocast[-1], "the last scores are computed in float32"
     assert [row["exit"] for row in results["test"]["exits"]] == model.exits
     assert len(model.heads) == len(model.exits) and len(model.backbone.encoder.layers) == model.exits[-1]
-    assert (len(train.load_corpus(tmp_path / "split.csv")) < 36) == ("--label-fraction" in flags)
+    assert (len(evaluate.load_corpus(tmp_path / "split.csv")) < 36) == ("--label-fraction" in flags)
 
 
 def test_presets():
-    presets = {"": "toy", "--data x": "toy", f"--backbone {train.DATA}/hubert-small": "toy",
+    presets = {"": "toy", "--data x": "toy", f"--backbone {evaluate.DATA}/hubert-small": "toy",
                "--backbone small": "scratch", "--backbone small --preset fast": "fast",
                "--backbone facebook/wav2vec2-base": "fast"}  # fmt: skip
     for flags, preset in presets.items():
         assert train.parse_args(flags.split()).preset == preset
     toy = train.parse_args([])
-    assert (toy.backbone, toy.data) == (str(train.DATA / "hubert-small"), str(train.DATA / "emodb"))
+    assert (toy.backbone, toy.data) == (str(evaluate.DATA / "hubert-small"), str(evaluate.DATA / "emodb"))
     assert (toy.exits, toy.dtype, toy.freeze_cnn) == ([2, 4, 6], "float32", True)
     recipe = dict(backbone="facebook/wav2vec2-base", lr=3e-5, head_lr=3e-5, batch_size=16, epochs=20, window="tile",
                   seconds=5.984, head="gru", kl_weight=1, hint_weight=1, temperature=1, weight_decay=0, warmup=None,
@@ -307,7 +307,7 @@ def test_presets():
 
 def test_label_fraction_is_stratified_nested_and_of_training_clips_alone():
     labels = "a" * 40 + "b" * 10 + "c" * 3
-    clips = [Clip(f"{split}{i}", label, None, split) for split in train.SPLITS for i, label in enumerate(labels)]
+    clips = [Clip(f"{split}{i}", label, None, split) for split in evaluate.SPLITS for i, label in enumerate(labels)]
     tenth, quarter = train.take_fraction(clips, 0.1, seed=0), train.take_fraction(clips, 0.25, seed=0)
     for kept, counts in ((tenth, {"a": 4, "b": 1, "c": 1}), (quarter, {"a": 10, "b": 2, "c": 1})):
         assert Counter(clip.label for clip in kept if clip.split == "train") == counts
@@ -320,7 +320,7 @@ def test_label_fraction_is_stratified_nested_and_of_training_clips_alone():
 @pytest.mark.parametrize(("device", "workers"), [("cuda:1", 4), ("cpu", 0), ("cuda --workers 2", 2)])
 def test_workers_load_for_a_gpu_unless_told_otherwise(monkeypatch, corpus, tmp_path, refused, device, workers):
     """Played: a device named cuda, on which the run ends as it starts to load."""
-    monkeypatch.setattr(train, "usable_device", lambda name: name)
+    monkeypatch.setattr(evaluate, "usable_device", lambda name: name)
     monkeypatch.setattr(train, "computes_in_bfloat16", lambda name: False)
     monkeypatch.setattr(train, "load_data", Mock(side_effect=ValueError))
     refused(train, *command(corpus, tmp_path / "run", "--device", *device.split()))
@@ -366,9 +366,9 @@ def test_as_a_command(corpus, tmp_path):
 
 
 def test_commands_are_quoted_for_the_shell(monkeypatch):
-    assert train.quote(Path("my runs/it's")) == "'my runs/it'\"'\"'s'" and train.quote("out") == "out"
+    assert evaluate.quote(Path("my runs/it's")) == "'my runs/it'\"'\"'s'" and evaluate.quote("out") == "out"
     monkeypatch.setattr(train.os, "name", "nt")  # cmd.exe takes single quotes as a part of the name
-    assert train.quote("my runs") == '"my runs"' and train.quote("out") == "out"
+    assert evaluate.quote("my runs") == '"my runs"' and evaluate.quote("out") == "out"
 
 
 def test_unreadable_clips_stop_the_run_or_are_left_out(corpus, tmp_path, refused, wav):
@@ -381,7 +381,7 @@ def test_unreadable_clips_stop_the_run_or_are_left_out(corpus, tmp_path, refused
         fit(manifest, out, "--skip-bad", "--epochs", 1)
     for name in bad:
         assert sum(name in str(warning.message) for warning in warned) == 1
-    assert len(train.load_corpus(out / "split.csv")) == 36
+    assert len(evaluate.load_corpus(out / "split.csv")) == 36
     shutil.copy(corpus, manifest)  # not one of the clips lies beside it
     assert "36 of 36" in refused(train, *command(manifest, tmp_path / "no", "--skip-bad"))
 
