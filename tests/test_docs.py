@@ -74,7 +74,7 @@ def test_the_lecture_prints_what_it_says(monkeypatch):
 def test_modules_import_only_what_is_below_them():
     """sdser < evaluate < train, and evaluate < benchmark_edge."""
     below = {"sdser": set(), "evaluate": {"sdser"}}
-    below |= dict.fromkeys(("train", "benchmark_edge"), {"sdser", "evaluate"})
+    below |= {name: {"sdser", "evaluate"} for name in ("train", "benchmark_edge")}
     for name, allowed in below.items():
         imported = re.findall(r"^ *(?:import|from) (\w+)", Path(ROOT, f"{name}.py").read_text(), re.MULTILINE)
         assert below.keys() & set(imported) <= allowed, name
