@@ -1,10 +1,10 @@
-"""Which exit fits this CPU, and what file to put there: times each exit in the form in which you would ship it.
+"""Which exit fits this CPU, and which file to deploy: times each exit in its deployed form.
 
     python benchmark_edge.py --backbone base                      # latency needs no trained weights
     python benchmark_edge.py out --budget-ms 80                   # the deepest exit of a trained model that fits
     python benchmark_edge.py out --export model.onnx --exit 4     # one exit as a file, or as a folder
 
-First the files: what can be written, and what runs them; then the measurements.
+First the files: what can be written, and what runs them; then the measurements, the report, and the command.
 """
 
 import argparse
@@ -33,52 +33,18 @@ from torch import Tensor, nn
 
 import evaluate
 import sdser
-
-
-def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    add, positive = parser.add_argument, evaluate.positive
-    add("checkpoint", nargs="?", help="folder written by train.py, or a Hub name")
-    add("--backbone", choices=sdser.SIZES, help="instead of a checkpoint: a built-in shape with random weights")
-    heads = "with --backbone: one for the shallow exits, or one for each exit (default attention)"
-    add("--head", choices=sdser.HEADS, nargs="+", metavar="H", help=heads)
-    add("--exits", type=int, nargs="+", metavar="K", help="default: all of the model's")
-    add("--seconds", type=positive(float), nargs="+", default=[1.0, 3.0, 6.0], metavar="S", help="default 1 3 6")
-    add("--threads", type=positive(int), nargs="+", metavar="N", help="default: 1, and as many as there are cores")
-    add("--backends", nargs="+", choices=BACKENDS, help="default: torch, and onnxruntime's if it is installed")
-    add("--rounds", type=positive(int), default=20, metavar="N", help="timed runs of each, in turn (default 20)")
-    add("--budget-ms", type=positive(float), metavar="MS", help="name the deepest exit that meets it in 95 %% of runs")
-    add("--json", metavar="FILE", help="write the results as JSON")
-    add("--plot", metavar="FILE", help="write a plot of the latencies (needs matplotlib)")
-    add("--export", metavar="FILE", help="write one exit as FILE.onnx or as a folder, and measure nothing")
-    add("--exit", type=int, metavar="K", help="with --export (default: the deepest)")
-    add("--backend", metavar="B", help=f"with --export: {POSSIBLE} (default fp32)")
-    args = parser.parse_args(argv)
-    if (args.checkpoint is None) == (args.backbone is None):
-        parser.error("give either a checkpoint or --backbone")
-    if args.checkpoint and args.head:
-        parser.error("--head goes with --backbone; a checkpoint has its own heads")
-    if not args.export and (args.exit is not None or args.backend):
-        parser.error("--exit and --backend go with --export; to time some exits or backends: --exits, --backends")
-    if args.export and (args.json or args.plot or args.budget_ms):
-        parser.error("--json, --plot and --budget-ms go with measuring; --export measures nothing")
-    args.head, args.backend = args.head or ["attention"], args.backend or "fp32"
-    args.backends = args.backends or ["torch"] + ["onnxruntime", "onnxruntime-int8"] * has_onnx()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    args.threads = args.threads or sorted({1, cores})
-    return args
-
+from sdser import InputError
 
 # -- writing one exit as a file ---------------------------------------------------------------------------------------
 
-# Which precisions each file ending can hold; a name without an ending means a folder, which can also be transformers'.
-SHIPPED = {".onnx": ("fp32", "fp16", "int8"), "": ("fp32", "transformers")}
-POSSIBLE = "; ".join(f"{ending or 'a folder'}: {', '.join(backends)}" for ending, backends in SHIPPED.items())
+# What each file ending can hold; a name without an ending means a folder, which can also be one for `transformers`.
+PRECISIONS = {".onnx": ("fp32", "fp16", "int8"), "": ("fp32", "transformers")}
+FORMATS = "; ".join(f"{ending or 'a folder'}: {', '.join(names)}" for ending, names in PRECISIONS.items())
 LARGEST_ONNX = 1.5 * 2**30  # bytes of weights; beyond 2 GiB, protobuf writes none
 
 
 def export(model: sdser.MultiExitSER, exit: int, precision: str, path: str) -> None:
-    """Writes one exit as a file or folder of its own; raises ValueError, saying what is possible, if it cannot."""
+    """Writes one exit as a file or folder of its own; raises InputError, saying what is possible, if it cannot."""
     check_export(precision, path, evaluate.count_parameters(model, [exit]))
     model = model.truncate(exit)
     if precision == "transformers":
@@ -90,22 +56,22 @@ def export(model: sdser.MultiExitSER, exit: int, precision: str, path: str) -> N
 
 
 def check_export(precision: str, path: str, weights: int = 0) -> None:
-    """Raises ValueError, before any work, if this cannot be written; weights: how many the exit has, once known."""
+    """Raises InputError, before any work, if this cannot be written; weights: how many the exit has, once known."""
     ending = Path(path).suffix.lower()
-    if precision not in SHIPPED.get(ending, ()):
-        raise ValueError(f"{path}: cannot hold {precision}; there are {POSSIBLE}")
+    if precision not in PRECISIONS.get(ending, ()):
+        raise InputError(f"{path}: cannot store {precision}; options: {FORMATS}")
     if ending == ".onnx" and not has_onnx():
-        raise ValueError(f"{path}: needs three packages: pip install onnx onnxscript onnxruntime")
+        raise InputError(f"{path}: needs three packages: pip install onnx onnxscript onnxruntime")
     if ending == ".onnx" and 4 * weights > LARGEST_ONNX:
-        raise ValueError(f"{path}: {4 * weights / 2**30:.1f} GiB of weights are too many for one file; ship a folder")
+        raise InputError(f"{path}: {4 * weights / 2**30:.1f} GiB of weights are too many for one file; export a folder")
 
 
 def has_onnx() -> bool:
     return all(importlib.util.find_spec(package) for package in ("onnx", "onnxscript", "onnxruntime"))
 
 
-class Shipped(nn.Module):
-    """What an .onnx computes: class probabilities (1, C) of a raw waveform (1, T) at 16 kHz."""
+class ExportedExit(nn.Module):
+    """What an .onnx file computes: class probabilities (1, C) of a raw waveform (1, T) at 16 kHz."""
 
     def __init__(self, model: sdser.MultiExitSER):
         super().__init__()
@@ -116,12 +82,12 @@ class Shipped(nn.Module):
             samples = round(self.model.tile_seconds * sdser.SAMPLE_RATE)
             length = torch.tensor(waveform.shape[1])  # a tensor, so that the export keeps it variable
             waveform = waveform[:, torch.arange(samples) % length]  # tiled as in training
-        return self.model(waveform)[0].logits.softmax(-1)
+        return sdser.probabilities(self.model(waveform)[0].logits)
 
 
 def write_onnx(small: sdser.MultiExitSER, path: str, precision: str) -> None:
     """Writes a model of one exit, with its labels, as one .onnx file, which takes clips of any length."""
-    # A recurrent network that is not made a loop would keep the length of the clip that it is traced with.
+    # A recurrent network must be exported as a loop, or the length of the traced clip is baked in.
     from torch.export._patches import register_gru_while_loop_decomposition as gru_loop
     from torch.export._patches import register_lstm_while_loop_decomposition as lstm_loop
 
@@ -134,7 +100,7 @@ def write_onnx(small: sdser.MultiExitSER, path: str, precision: str) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings(action="ignore"):
         fresh = os.path.join(folder, "model.onnx")
         with gru_loop(), lstm_loop():
-            program = torch.export.export(Shipped(small), (waveform,), dynamic_shapes=any_length)
+            program = torch.export.export(ExportedExit(small), (waveform,), dynamic_shapes=any_length)
             onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, **names)
         for graph in onnx_program.model.graphs():
             for node in graph:
@@ -164,7 +130,7 @@ def write_transformers(small: sdser.MultiExitSER, path: str) -> None:
     """
     if small.head_kinds != ["mean"] or small.tile_seconds:
         kind = "tiled clips" if small.tile_seconds else f"a {small.head_kinds[0]} head"
-        raise ValueError(f"{path}: transformers has mean heads and no tiling, this exit has {kind}; write an .onnx")
+        raise InputError(f"{path}: transformers has mean heads and no tiling, this exit has {kind}; write an .onnx")
     config = type(small.backbone.config)(**small.backbone.config.to_dict())
     config.id2label = dict(enumerate(small.labels))
     config.label2id = {label: i for i, label in config.id2label.items()}
@@ -235,14 +201,14 @@ def load_clips(checkpoint: str | None, labels: list[str]) -> tuple[list[np.ndarr
     if checkpoint:
         try:
             clips = evaluate.choose_clips(checkpoint, "test", None, labels)
-        except (OSError, ValueError) as error:
+        except (OSError, InputError) as error:
             warnings.warn(f"files are compared on clips of data/emodb: {error}", stacklevel=2)
     if not clips:
         clips, source = evaluate.load_corpus(evaluate.DATA / "emodb"), "data/emodb"
     return [sdser.read_clip(clip.path)[None].numpy() for clip in clips[:: math.ceil(len(clips) / 8)]], source
 
 
-def answer(model: sdser.MultiExitSER, exit: int, clips: list[np.ndarray]) -> np.ndarray:
+def exact_probabilities(model: sdser.MultiExitSER, exit: int, clips: list[np.ndarray]) -> np.ndarray:
     """Returns the model's own class probabilities at an exit, (clips, C)."""
     return np.array([list(model.classify(clip[0], exit=exit)[0].probabilities.values()) for clip in clips])
 
@@ -264,7 +230,7 @@ def run_apart(program: str) -> str:
     done = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip() or f"status {done.returncode}"  # nothing is said by what the system has killed
-        raise ValueError(f"a process of its own failed: {reason.splitlines()[-1]}")
+        raise InputError(f"subprocess failed: {reason.splitlines()[-1]}")
     return done.stdout
 
 
@@ -297,7 +263,7 @@ def measure(runs: dict, threads: int, args) -> dict:
                 if round_ >= 0:
                     times[backend, seconds].append(1000 * (time.perf_counter() - start))
             if backend != "torch":
-                time.sleep(0.05)  # its threads go on spinning for a while, at the cost of whatever comes next
+                time.sleep(0.05)  # its threads keep spinning, slowing the next measurement
     return times
 
 
@@ -307,7 +273,7 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
     samples, rows = round(max(args.seconds) * sdser.SAMPLE_RATE), []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps files that are in use
         model.save_pretrained(os.path.join(folder, "model"))
-        exact = {exit: answer(model, exit, clips) for exit in args.exits}
+        exact = {exit: exact_probabilities(model, exit, clips) for exit in args.exits}
         macs = {(exit, seconds): evaluate.count_macs(model, round(seconds * sdser.SAMPLE_RATE), exit)
                 for exit, seconds in product(args.exits, args.seconds)}  # fmt: skip
         model.to("meta")  # frees its memory; from here on, only its shapes are needed
@@ -373,7 +339,7 @@ def fit_budget(rows: list[dict], milliseconds: float) -> str:
     best = min(fits, key=lambda row: (-row["exit"], row["max_probability_change"]))
     _, ending, precision = BACKENDS[best["backend"]]
     return (f"exit {best['exit']} is the deepest within {milliseconds:g} ms, by {best['backend']}: "
-            f"--exit {best['exit']} --export model{ending} --backend {precision}")  # fmt: skip
+            f"--exit {best['exit']} --export model{ending} --precision {precision}")  # fmt: skip
 
 
 def plot(results: dict, args) -> None:
@@ -395,17 +361,55 @@ def plot(results: dict, args) -> None:
     evaluate.save_figure(figure, args.plot)
 
 
-def ship(model: sdser.MultiExitSER, args) -> None:
-    """Writes the file, loads it back, and tells how far it is from the model."""
-    exit, path = model.exits[-1] if args.exit is None else model.check_exit(args.exit), args.export
-    export(model, exit, args.backend, path)
-    print(f"{path}: exit {exit}, {args.backend}, {megabytes(path):.1f} MB, labels {', '.join(model.labels)}")
+def export_and_check(model: sdser.MultiExitSER, args) -> None:
+    """Writes the file, loads it back, and prints how far its probabilities are from the model's."""
+    exit, path = model.exits[-1] if args.exit is None else args.exit, args.export
+    export(model, exit, args.precision, path)
+    print(f"{path}: exit {exit}, {args.precision}, {megabytes(path):.1f} MB, labels {', '.join(model.labels)}")
     load = load_onnxruntime if Path(path).suffix else load_torch
-    load = load_transformers if args.backend == "transformers" else load
+    load = load_transformers if args.precision == "transformers" else load
     clips, source = load_clips(args.checkpoint, model.labels)
-    change = largest_change(load(path, max(args.threads)), clips, answer(model, exit, clips))
+    change = largest_change(load(path, max(args.threads)), clips, exact_probabilities(model, exit, clips))
     print(f"loaded back and run on {len(clips)} clips of {source}: no probability differs by more than {change:.1e}")
     print(f"how to run it: {load.__name__} in benchmark_edge.py, and docs/edge.md")
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add, positive = parser.add_argument, evaluate.positive
+    add("checkpoint", nargs="?", help="folder written by train.py, or a Hub name")
+    add("--backbone", choices=sdser.SIZES, help="instead of a checkpoint: a built-in shape with random weights")
+    heads = "with --backbone: one for the shallow exits, or one for each exit (default attention)"
+    add("--head", choices=sdser.HEADS, nargs="+", metavar="H", help=heads)
+    add("--exits", type=int, nargs="+", metavar="K", help="default: all of the model's")
+    add("--seconds", type=positive(float), nargs="+", default=[1.0, 3.0, 6.0], metavar="S", help="default 1 3 6")
+    add("--threads", type=positive(int), nargs="+", metavar="N", help="default: 1, and as many as there are cores")
+    add("--backends", nargs="+", choices=BACKENDS, help="default: torch, and onnxruntime's if it is installed")
+    add("--rounds", type=positive(int), default=20, metavar="N", help="timed runs of each, in turn (default 20)")
+    add("--budget-ms", type=positive(float), metavar="MS", help="name the deepest exit that meets it in 95 %% of runs")
+    add("--json", metavar="FILE", help="write the results as JSON")
+    add("--plot", metavar="FILE", help="write a plot of the latencies (needs matplotlib)")
+    add("--export", metavar="FILE", help="write one exit as FILE.onnx or as a folder, and measure nothing")
+    add("--exit", type=int, metavar="K", help="with --export (default: the deepest)")
+    add("--precision", metavar="P", help=f"with --export: {FORMATS} (default fp32)")
+    args = parser.parse_args(argv)
+    if (args.checkpoint is None) == (args.backbone is None):
+        parser.error("expected either a checkpoint or --backbone")
+    if args.checkpoint and args.head:
+        parser.error("--head goes with --backbone; a checkpoint has its own heads")
+    if not args.export and (args.exit is not None or args.precision):
+        parser.error("--exit and --precision go with --export; to time some exits or backends: --exits, --backends")
+    if args.export and (args.json or args.plot or args.budget_ms):
+        parser.error("--json, --plot and --budget-ms go with measuring; --export measures nothing")
+    args.precision = args.precision or "fp32"
+    if args.head is None or len(args.head) == 1:
+        args.head = args.head[0] if args.head else "attention"
+    if args.backends is None:
+        args.backends = ["torch", "onnxruntime", "onnxruntime-int8"] if has_onnx() else ["torch"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    args.threads = args.threads or sorted({1, cores})
+    return args
 
 
 def main(argv=None) -> None:
@@ -417,11 +421,11 @@ def main(argv=None) -> None:
         if args.plot:
             evaluate.new_figure()  # or say that matplotlib is absent
         if "openvino" in args.backends and not importlib.util.find_spec("openvino"):
-            raise ValueError("--backends openvino: needs a package: pip install openvino")
+            raise InputError("--backends openvino: needs a package: pip install openvino")
         if args.export:
-            check_export(args.backend, args.export)
+            check_export(args.precision, args.export)
             if os.path.isdir(args.export) and os.listdir(args.export):
-                raise ValueError(f"--export {args.export}: holds files already; name a new folder")
+                raise InputError(f"--export {args.export}: is not empty; choose another folder")
             evaluate.check_writable(args.export, folder=not Path(args.export).suffix)
         if args.checkpoint:
             model = sdser.MultiExitSER.from_pretrained(args.checkpoint)
@@ -430,10 +434,10 @@ def main(argv=None) -> None:
             torch.manual_seed(0)
             model = sdser.MultiExitSER(labels, args.backbone, args.exits, args.head).eval()
         args.exits = args.exits or model.exits
-        for exit in args.exits:
+        for exit in [*args.exits, args.exit] if args.exit is not None else args.exits:
             model.check_exit(exit)
         if args.export:
-            return ship(model, args)
+            return export_and_check(model, args)
         for exit, backend in product(args.exits, args.backends):
             _, ending, precision = BACKENDS[backend]
             check_export(precision, f"{backend}{ending}", evaluate.count_parameters(model, [exit]))

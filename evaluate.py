@@ -1,4 +1,4 @@
-"""What each exit of a trained model is worth and what it costs, and how early it may stop.
+"""Scores each exit of trained models and says what it costs; everything that must stay equal for scores to compare.
 
     python evaluate.py out                                  # the run's own test split
     python evaluate.py fold1 fold2 fold3                    # the runs of several folds, their test clips pooled
@@ -6,7 +6,15 @@
     python evaluate.py out --data path/to/another/corpus
     python evaluate.py out --audio a.wav b.flac             # classify files
 
-The threshold of early exit that it chooses on dev is kept in the checkpoint's config.json.
+It reads checkpoints and changes nothing in them. From top to bottom:
+
+    clips             Clip, target_of; load_corpus: a folder of a known corpus, or a manifest
+    splits            split_clips: no speaker is in two of them
+    reading           inspect_clips, before any work; batches; predict: clips -> logits
+    scores            scores; bootstrap, intervals; early exit
+    costs             count_macs, count_parameters
+    the report        Pool: the clips and logits of several runs; its tables, as JSON, text and plot
+    the command       classifying files; flags; how each of the scripts ends
 """
 
 import argparse
@@ -16,7 +24,6 @@ import glob
 import io
 import json
 import os
-import random
 import re
 import shlex
 import subprocess
@@ -38,13 +45,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import sdser
+from sdser import InputError
 
-RANK = int(os.environ.get("RANK", 0))  # which of WORLD processes this is, set by torchrun
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
-HERE = f"{Path(__file__).resolve().parent}{os.sep}"
-DATA = Path(HERE, "data")  # real speech and a small pre-trained network
-THRESHOLDS = np.linspace(0, 1, 101).round(2).tolist()
-DRAWS = 2000  # of the bootstrap
+WORLD = int(os.environ.get("WORLD_SIZE") or 1)  # how many processes torchrun has started, and which of them this is
+RANK = int(os.environ.get("RANK") or 0) if WORLD > 1 else 0
+HERE = Path(__file__).resolve().parent
+DATA = HERE / "data"  # real speech and a small pre-trained network
 
 
 # -- clips: from a folder of a known corpus, or from a manifest -------------------------------------------------------
@@ -53,14 +59,24 @@ class Clip(NamedTuple):
     label: str
     speaker: str | None
     split: str | None = None  # train, dev or test
-    seconds: float | None = None  # once it has been looked at
+    seconds: float | None = None  # see inspect_clips
     more: dict[str, str] = {}  # noqa: RUF012  a manifest's other columns; never changed in place
 
 
-def target_of(clip: Clip, labels: list[str]) -> int:
-    """Returns what the loss and `scores` get as the truth about a clip: the index of its label.
+def labels_of(clips: list[Clip]) -> list[str]:
+    """Returns what a model of these clips has logits for. Other tasks change this and the next two functions."""
+    return sorted({clip.label for clip in clips})
 
-    Other tasks change this function: it may return a list of numbers, such as votes for each label.
+
+def is_known(clip: Clip, labels: list[str]) -> bool:
+    """Returns whether a model with these labels can be trained and scored on a clip."""
+    return clip.label in labels
+
+
+def target_of(clip: Clip, labels: list[str]) -> int:
+    """Returns what the loss and `scores` take as the truth about a clip: the index of its label.
+
+    It may return a list of numbers, such as the proportion of annotators that voted for each label.
     """
     return labels.index(clip.label)
 
@@ -96,7 +112,7 @@ def load_corpus(source) -> list[Clip]:
     """Lists the clips of a corpus, each once, with a split only where a manifest gives one; no audio is read.
 
     source: a folder of one of CORPORA, recognised by its file names, or a CSV or TSV manifest. Raises FileNotFoundError
-    or ValueError, naming the file and line and what would be right.
+    or InputError, naming the file and line and what would be right.
     """
     source = os.fspath(source)
     if os.path.isdir(source):
@@ -112,7 +128,7 @@ def read_folder(folder: str) -> list[Clip]:
     found = (Path(folder, name) for name in glob.iglob("**", root_dir=folder, recursive=True))  # without hidden names
     files = sorted(path for path in found if path.suffix.lower() in AUDIO_ENDINGS and path.is_file())
     if not files:
-        raise ValueError(f"{folder}: holds no audio files ({', '.join(AUDIO_ENDINGS)})")
+        raise InputError(f"{folder}: holds no audio files ({', '.join(AUDIO_ENDINGS)})")
     matches = {}  # corpus -> a match, or None, for each file
     for corpus, (pattern, _) in CORPORA.items():
         pattern = re.compile(rf"(?:.*/)?{pattern}")
@@ -124,7 +140,7 @@ def read_folder(folder: str) -> list[Clip]:
             others.append(path)
             continue
         if match["label"] not in meaning:
-            raise ValueError(f"{path}: unknown emotion {match['label']!r}; {corpus} has {', '.join(meaning)}")
+            raise InputError(f"{path}: unknown emotion {match['label']!r}; {corpus} has {', '.join(meaning)}")
         speaker = "OAF" if match["speaker"] == "OA" else match["speaker"]  # a few files of TESS
         recording = (path.stem, speaker)  # these corpora give every recording its own name
         if recording in clips:
@@ -132,7 +148,7 @@ def read_folder(folder: str) -> list[Clip]:
         else:
             clips[recording] = Clip(str(path), meaning[match["label"]], speaker)
     if not clips:
-        raise ValueError(f"{folder}: {files[0].name} matches no known corpus ({', '.join(CORPORA)}); give a manifest")
+        raise InputError(f"{folder}: {files[0].name} matches no known corpus ({', '.join(CORPORA)}); give a manifest")
     if others:
         warnings.warn(f"{folder}: {len(others)} files not of {corpus} left out, such as {others[0]}", stacklevel=3)
     if copies:
@@ -147,11 +163,11 @@ def read_manifest(manifest: str) -> list[Clip]:
         delimiter = max(",\t;", key=header.count)
         names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
         if not {"path", "label"} <= set(names):
-            raise ValueError(f"the first line reads {header.strip()!r}")
+            raise InputError(f"the first line reads {header.strip()!r}")
         parts = [name for name in names if name.lower() in ("start", "end", "offset", "duration")]
         if parts:
             advice = "cut the segments into files of their own first, as docs/corpora.md shows"
-            raise ValueError(f"{manifest}: has a column {parts[0]}, but clips are read whole; {advice}")
+            raise InputError(f"{manifest}: has a column {parts[0]}, but clips are read whole; {advice}")
         clips, repeated = {}, []
         reader = csv.reader(file, delimiter=delimiter)
         for row in reader:
@@ -160,17 +176,17 @@ def read_manifest(manifest: str) -> list[Clip]:
             values = dict(zip(names, [value.strip() for value in row]))
             split = values.get("split") or None
             if len(row) != len(names) or not values["path"] or not values["label"] or split not in (None, *SPLITS):
-                raise ValueError(f"line {reader.line_num + 1}: {row}; give path, label and maybe train, dev or test")
+                raise InputError(f"line {reader.line_num + 1}: {row}; give path, label and maybe train, dev or test")
             path = os.path.normpath(os.path.join(os.path.dirname(manifest), values["path"]))
             more = {name: values[name] for name in names if name not in ("path", "label", "speaker", "split")}
             clip = Clip(path, values["label"], values.get("speaker") or None, split, more=more)
             if path in clips:
                 repeated.append(path)
                 if clip != clips[path]:
-                    raise ValueError(f"line {reader.line_num + 1}: {path} is listed before, with other values")
+                    raise InputError(f"line {reader.line_num + 1}: {path} is listed before, with other values")
             clips[path] = clip
     if not clips:
-        raise ValueError("it lists no clips")
+        raise InputError("it lists no clips")
     if repeated:
         warnings.warn(f"{manifest}: {len(repeated)} lines repeat others and count once: {repeated[0]}", stacklevel=3)
     return list(clips.values())
@@ -181,30 +197,21 @@ def split_clips(clips: list[Clip], fold: tuple[int, int] = (1, 5), final: bool =
     """Gives every clip a split, by speaker; depends only on the clips and the fold.
 
     clips: splits of their own are kept. fold: (I, N), of N groups of speakers the I-th is test, the next one dev, the
-    rest train. final: dev trains too. Raises ValueError for too few speakers, an empty split, a label that is not in
+    rest train. final: dev trains too. Raises InputError for too few speakers, an empty split, a label that is not in
     train, a speaker in two splits, or a clip with neither speaker nor split; warns of labels that dev or test lacks.
     """
-    hint = ""
     if not any(clip.split for clip in clips):
-        index, count = fold
-        deals = {i: deal_speakers(clips, i, count) for i in range(1, count + 1)}
-        clips = deals[index]
-        whole = [f"{i}/{count}" for i in deals if not any(missing_labels(deals[i], split) for split in SPLITS)]
-        hint = f"; every split has every label with --fold {' or '.join(whole)}" if whole else ""
+        clips = deal_speakers(clips, *fold)
     if final:
         clips = [clip._replace(split="train") if clip.split == "dev" else clip for clip in clips]
-    check_splits(clips, ("train", "test") if final else SPLITS, hint)
-    for split in ("test",) if final else ("dev", "test"):
+    splits = ("train", "test") if final else SPLITS
+    check_splits(clips, splits)
+    for split in splits:
         missing = missing_labels(clips, split)
         if missing:
-            means = f"its {METRIC.upper()} is a mean over the others"
-            warnings.warn(f"the {split} split lacks {', '.join(missing)}: {means}{hint}", stacklevel=2)
+            message = f"its {METRIC.upper()} is a mean over the others (another --fold may have all)"
+            warnings.warn(f"the {split} split lacks {', '.join(missing)}: {message}", stacklevel=2)
     return clips
-
-
-def missing_labels(clips: list[Clip], split: str) -> list[str]:
-    """Returns the labels that have no clip in a split."""
-    return sorted({clip.label for clip in clips} - {clip.label for clip in clips if clip.split == split})
 
 
 def deal_speakers(clips: list[Clip], index: int, count: int) -> list[Clip]:
@@ -212,9 +219,10 @@ def deal_speakers(clips: list[Clip], index: int, count: int) -> list[Clip]:
     sizes = Counter(clip.speaker for clip in clips)
     for clip in clips:
         if clip.speaker is None:
-            raise ValueError(f"{clip.path}: has neither speaker nor split; the manifest must give one of them")
+            raise InputError(f"{clip.path}: has neither speaker nor split; the manifest must give one of them")
     if len(sizes) < count:
-        raise ValueError(f"{len(sizes)} speakers are too few for {count} groups; give a --fold of fewer, at least 3")
+        advice = "use fewer groups in --fold" if len(sizes) >= 3 else "add speakers, or a column split"
+        raise InputError(f"{len(sizes)} speakers are too few for {count} groups; {advice}")
     group_of, filled = {}, [0] * count
     for speaker in sorted(sizes, key=lambda speaker: (-sizes[speaker], speaker)):
         group_of[speaker] = filled.index(min(filled))
@@ -223,124 +231,131 @@ def deal_speakers(clips: list[Clip], index: int, count: int) -> list[Clip]:
     return [clip._replace(split=split_of.get(group_of[clip.speaker], "train")) for clip in clips]
 
 
-def check_splits(clips: list[Clip], splits: tuple[str, ...], hint: str = "") -> None:
-    """Raises ValueError unless each of the splits has clips, train has every label, and no speaker is in two splits."""
+def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
+    """Raises InputError unless each of the splits has clips, train has every label, and no speaker is in two splits."""
     split_of = {}
     for clip in clips:
         if clip.split is None:
-            raise ValueError(f"{clip.path}: has no split while other clips have one; give all a split, or none")
-        first = split_of.setdefault(clip.speaker, clip.split)
-        if clip.speaker and first != clip.split:
+            raise InputError(f"{clip.path}: has no split while other clips have one; give every clip a split, or none")
+        other = split_of.setdefault(clip.speaker, clip.split)
+        if clip.speaker and other != clip.split:
             advice = "keep each in one; to accept a corpus's own splits as they are, leave the column speaker out"
-            raise ValueError(f"speaker {clip.speaker} is in two splits, {first} and {clip.split}; {advice}")
+            raise InputError(f"speaker {clip.speaker} is in two splits, {other} and {clip.split}; {advice}")
     for split in splits:
         if not any(clip.split == split for clip in clips):
-            raise ValueError(f"the {split} split is empty; give each split some clips")
-    missing = ", ".join(missing_labels(clips, "train"))
-    if missing:
-        raise ValueError(f"the train split lacks {missing}; leave labels out by --labels{hint}")
+            raise InputError(f"the {split} split is empty; every split needs clips")
+    if missing_labels(clips, "train"):
+        missing = ", ".join(missing_labels(clips, "train"))
+        raise InputError(f"the train split lacks {missing}; use another --fold, or leave labels out by --labels")
 
 
-# -- reading and batching clips, and what a model answers to them -----------------------------------------------------
+def missing_labels(clips: list[Clip], split: str) -> list[str]:
+    """Returns the labels that have no clip in a split."""
+    return sorted({clip.label for clip in clips} - {clip.label for clip in clips if clip.split == split})
+
+
+# -- reading clips, and the logits that a model gives them ------------------------------------------------------------
 BATCH_SECONDS = 96  # of padded audio that is scored at once, as in a training batch of 16 clips of 6 s
 
 
-def look_at(clips: list[Clip], listed: str | None = None, skip_bad: bool = False) -> list[Clip]:
-    """Fills in each clip's seconds, from its header; raises ValueError if a clip cannot be read.
+def inspect_clips(clips: list[Clip], listed: str | None = None, skip_bad: bool = False) -> list[Clip]:
+    """Fills in each clip's seconds, from its header; raises InputError if a clip cannot be read.
 
     Files that are scored are decoded whole, since their faults must show before the training, not after it.
     listed: the split.csv of the run that the clips belong to. skip_bad: decode every file whole, and leave out those
     that cannot be read, with a warning for each.
     """
 
-    def measure(clip):
+    def inspect(clip: Clip) -> Clip | Exception:
         try:
             with sdser.open_audio(clip.path) as (_, sound):
                 seconds = sound.frames / sound.samplerate
             if clip.split != "train" and seconds > sdser.MAX_SECONDS:
-                raise ValueError(f"{clip.path}: {seconds:.1f} s is over the limit of {sdser.MAX_SECONDS} s; cut it")
+                raise InputError(f"{clip.path}: {seconds:.1f} s is over the limit of {sdser.MAX_SECONDS} s; cut it")
             if skip_bad or clip.split != "train":
                 sdser.load_audio(clip.path)
             return clip._replace(seconds=seconds)
-        except (OSError, ValueError) as error:
+        except (OSError, InputError) as error:
             return error
 
     with ThreadPoolExecutor(8) as pool:  # I/O-bound, so threads suffice
-        found = list(progress(pool.map(measure, clips), "checking files", len(clips)))
-    bad = [item for item in found if isinstance(item, Exception)]
-    advice = "repair them, or leave them out; train.py has --skip-bad"
-    if listed:
-        advice = f"if the corpus has moved, change its paths: sed -i 's|OLD|NEW|' {quote(listed)}"
-    if bad and (not skip_bad or len(bad) == len(clips)):
-        raise ValueError(f"{bad[0]} ({len(bad)} of {len(clips)} clips are bad; {advice})")
-    for error in bad if RANK == 0 else []:
+        inspected = list(progress(pool.map(inspect, clips), "checking files", len(clips)))
+    good = [clip for clip in inspected if isinstance(clip, Clip)]
+    errors = [error for error in inspected if isinstance(error, Exception)]
+    if errors and not (skip_bad and good):
+        advice = "repair them, or leave them out; train.py has --skip-bad"
+        if listed:
+            advice = f"if the corpus has moved, change its paths: sed -i 's|OLD|NEW|' {quote(listed)}"
+        raise InputError(f"{errors[0]} ({len(errors)} of {len(clips)} clips are bad; {advice})")
+    for error in errors:
         warnings.warn(f"left out: {error}", stacklevel=2)
-    return [item for item in found if isinstance(item, Clip)]
+    return good
 
 
 class ClipDataset(Dataset):
-    """Clip i is (waveform (T,), its target): whole, or tiled, or for training cropped at random.
+    """Clip i is (its waveform (T,), its target); the waveform is whole, or repeated or cut to tile_seconds."""
 
-    tile_seconds: repeat or cut to this length. crop_seconds: cut longer clips to it, at a place that `seed` decides.
-    """
-
-    def __init__(self, clips: list[Clip], labels: list[str], tile_seconds=None, crop_seconds=None, seed=""):
+    def __init__(self, clips: list[Clip], labels: list[str], tile_seconds: float | None):
         self.clips, self.labels, self.tile_seconds = clips, labels, tile_seconds
-        self.crop_seconds, self.seed = crop_seconds, seed
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        clip = self.clips[i]
+        return self.read(i), target_of(self.clips[i], self.labels)
+
+    def read(self, i: int) -> Tensor:
+        path = self.clips[i].path
         if self.tile_seconds:
-            waveform = sdser.tile(sdser.load_audio(clip.path, 0.0, self.tile_seconds), self.tile_seconds)
-        elif self.crop_seconds:
-            # seeded by clip, so that neither workers nor processes nor a resumed run change the crop
-            start = random.Random(f"{self.seed} {i}").random() * max(0.0, clip.seconds - self.crop_seconds)
-            waveform = sdser.load_audio(clip.path, start, self.crop_seconds)
-            waveform = waveform[: round(self.crop_seconds * sdser.SAMPLE_RATE)]
-        else:
-            waveform = sdser.load_audio(clip.path)
-        return waveform, target_of(clip, self.labels)
+            return sdser.tile(sdser.load_audio(path, 0.0, self.tile_seconds), self.tile_seconds)
+        return sdser.load_audio(path)
 
 
-def load(dataset: Dataset, batches: list[list[int]], workers: int) -> DataLoader:
+def load_batches(dataset: ClipDataset, batches: list[list[int]], workers: int) -> DataLoader:
+    """Loads batches of clips, each a list of their indices, as `collate` returns them."""
     own = torch.Generator()  # so that loading draws nothing from the generator of dropout and masks
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, generator=own)
 
 
 def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
     """Returns a batch of waveforms (T,) and targets: (B, T) zero-padded at the end, lengths (B,), targets (B,)."""
-    waveforms = [waveform for waveform, _ in items]
+    waveforms, targets = [waveform for waveform, _ in items], torch.tensor([target for _, target in items])
     lengths = torch.tensor([len(waveform) for waveform in waveforms])
     batch = torch.nn.utils.rnn.pad_sequence(waveforms, batch_first=True)
     if len(lengths.unique()) > 1:
         # A few more zeros, to a quarter of a second: oneDNN keeps buffers for every T that it has seen, and a corpus of
         # 1,440 clips has so many that they took as much memory as all else.
         batch = F.pad(batch, (0, -batch.shape[1] % 4000))
-    return batch, lengths, torch.tensor([target for _, target in items])
+    return batch, lengths, targets
 
 
 @torch.no_grad()
 def predict(model: sdser.MultiExitSER, clips: list[Clip], batch_size: int = 16, workers: int = 0) -> Tensor:
-    """Returns logits (exits, N, C) of whole clips, float32 on the CPU; raises ValueError if they are not finite."""
+    """Returns logits (exits, N, C) of whole clips, float32 on the CPU; raises InputError if they are not finite.
+
+    Leaves the model in evaluation mode.
+    """
     model.eval()
     logits = torch.zeros(len(model.exits), len(clips), len(model.labels))
     seconds = [model.tile_seconds or clip.seconds for clip in clips]
     batches = [[]]
     for i in np.argsort(seconds, kind="stable").tolist():  # sorted, so clip i is the longest so far
-        full = len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > BATCH_SECONDS
-        if batches[-1] and full:
+        is_full = len(batches[-1]) == batch_size or (len(batches[-1]) + 1) * seconds[i] > BATCH_SECONDS
+        if batches[-1] and is_full:
             batches.append([])
         batches[-1].append(i)
-    batches = batches[RANK::WORLD]
-    loader = load(ClipDataset(clips, model.labels, model.tile_seconds), batches, workers)
+    batches = batches[RANK::WORLD]  # each process scores its part
+    loader = load_batches(ClipDataset(clips, model.labels, model.tile_seconds), batches, workers)
     for batch, (waveforms, lengths, _) in zip(batches, progress(loader, "scoring", len(batches))):
-        outputs = model(waveforms.to(model.backbone.device), lengths.to(model.backbone.device))
+        outputs = model(waveforms.to(model.backbone.device), lengths)
         logits[:, batch] = torch.stack([output.logits for output in outputs]).float().cpu()
     if WORLD > 1:
-        dist.all_reduce(logits)  # each process has scored its share of the batches
+        dist.all_reduce(logits)
     if not logits.isfinite().all():
-        raise ValueError("the model's answers are not finite; try a smaller --lr")
+        raise InputError("the model's logits are not finite; try a smaller --lr")
     return logits
+
+
+def targets_of(clips: list[Clip], labels: list[str]) -> Tensor:
+    """Returns what `target_of` says of each clip, stacked: (N,) int64, or (N, C) for votes."""
+    return torch.tensor([target_of(clip, labels) for clip in clips])
 
 
 def progress(steps, title: str, total: int) -> tqdm:
@@ -349,213 +364,108 @@ def progress(steps, title: str, total: int) -> tqdm:
 
 
 # -- scores, and their intervals --------------------------------------------------------------------------------------
-METRIC = "uar"  # the score by which epochs and thresholds are chosen, and the one with intervals
+METRIC = "uar"  # the score by which thresholds are chosen, and the one with intervals
 
 
 def scores(targets: Tensor, logits: Tensor) -> dict[str, float]:
-    """Returns the UAR, accuracy and macro F1 of logits (N, C) for targets (N,).
+    """Returns the UAR (unweighted average recall), accuracy and macro F1 of logits (N, C).
 
-    UAR and F1 are means over the classes that occur in the targets.
+    targets: as `targets_of` returns them. UAR and F1 are means over the classes that occur in them.
     """
-    predictions, classes = logits.argmax(-1), logits.shape[-1]
-    confusion = confusion_matrix(targets, predictions, classes)
+    confusion = confusion_matrix(targets, logits)
     hits, true, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     f1 = (2 * hits / np.maximum(true + predicted, 1))[true > 0]
-    uar = unweighted_average_recall(targets, predictions, classes)
-    return {"uar": uar, "accuracy": float(hits.sum() / true.sum()), "macro_f1": float(f1.mean())}
+    return {METRIC: metric(targets, logits), "accuracy": float(hits.sum() / true.sum()), "macro_f1": float(f1.mean())}
 
 
-def unweighted_average_recall(targets, predictions, num_classes: int) -> float:
-    """Returns the mean recall of the classes that occur in the targets. Both arguments hold class indices, (N,)."""
-    confusion = confusion_matrix(targets, predictions, num_classes)
-    hits, true = confusion.diagonal(), confusion.sum(1)
-    return float((hits[true > 0] / true[true > 0]).mean())
+def metric(targets: Tensor, logits: Tensor) -> float:
+    """Returns the score METRIC and no other, for the many draws of the bootstrap."""
+    return float(np.nanmean(recalls(targets, logits)))
 
 
-def confusion_matrix(targets, predictions, num_classes: int) -> np.ndarray:
-    """Counts class indices (N,) and (N,) into (C, C), a row per true class, a column per prediction."""
-    pairs = np.stack([np.asarray(targets, dtype=int), np.asarray(predictions, dtype=int)])
-    if pairs.size == 0 or pairs.min() < 0 or pairs.max() >= num_classes:
-        raise ValueError(f"class indices: there must be some, all from 0 to {num_classes - 1}")
-    return np.bincount(pairs[0] * num_classes + pairs[1], minlength=num_classes**2).reshape(num_classes, num_classes)
+def recalls(targets: Tensor, logits: Tensor) -> np.ndarray:
+    """Returns the recall of each class, (C,), NaN for a class that does not occur."""
+    confusion = confusion_matrix(targets, logits)
+    true = confusion.sum(1)
+    return np.where(true > 0, confusion.diagonal() / np.maximum(true, 1), np.nan)
 
 
-def answers(exits: list[int], logits: Tensor) -> dict[int | str, Tensor]:
-    """Names who answers, with what logits (N, C): each exit, and "fusion" of the students if there are two or more."""
-    rows = dict(zip(exits, logits))
-    return {**rows, "fusion": sdser.fuse(logits[:-1])} if len(exits) > 2 else rows
+def confusion_matrix(targets: Tensor, logits: Tensor) -> np.ndarray:
+    """Counts clips into (C, C): a row per true class (the one with the most votes), a column per predicted class."""
+    classes = logits.shape[-1]
+    if targets.ndim == 2:
+        targets = targets.argmax(-1)
+    cells = targets * classes + logits.argmax(-1)
+    return np.bincount(cells.numpy(), minlength=classes**2).reshape(classes, classes)
 
 
-class Scored(NamedTuple):
-    """N clips, pooled over runs of one kind, and what each clip's own run answered."""
-
-    model: sdser.MultiExitSER  # of one run: labels, exits and costs are the same for all
-    clips: list[Clip]
-    run: torch.Tensor  # (N,) the index of each clip's checkpoint
-    logits: torch.Tensor  # (exits, N, C)
-
-    @property
-    def targets(self) -> torch.Tensor:
-        """The class index of each clip's label, (N,)."""
-        return torch.tensor([target_of(clip, self.model.labels) for clip in self.clips])
-
-    @property
-    def units(self) -> np.ndarray:
-        """What the bootstrap draws, (N,): each clip's speaker, or the clip itself if any speaker is unknown."""
-        known = all(clip.speaker for clip in self.clips)
-        return np.array([clip.speaker if known else clip.path for clip in self.clips])
+# -- intervals --------------------------------------------------------------------------------------------------------
+DRAWS = 2000  # of the bootstrap
 
 
-def load_and_score(checkpoints: list[str], split: str | None, source: str | None, device: str) -> Scored:
-    """Scores every run on its own clips of a split, or on another corpus; ValueError unless all are of one kind."""
-    kinds, clips, run, logits = [], [], [], []
-    for i, checkpoint in enumerate(checkpoints):
-        model = sdser.MultiExitSER.from_pretrained(checkpoint).to(device)
-        kinds.append((model.labels, model.tile_seconds, str(model)))  # str(model) lists the layers and their sizes
-        if kinds[i] != kinds[0]:
-            raise ValueError(f"{checkpoint}: its labels, window, exits or backbone differ; pool runs of one kind")
-        chosen = choose_clips(checkpoint, split, source, model.labels)
-        clips += chosen
-        run += [i] * len(chosen)
-        logits.append(predict(model, chosen))
-    return Scored(model, clips, torch.tensor(run), torch.cat(logits, 1))
-
-
-def choose_clips(checkpoint: str, split: str | None, source: str | None, labels: list[str]) -> list[Clip]:
-    """Returns the run's own clips of a split, as its split.csv lists them, or else the clips of another corpus.
-
-    Clips that were trained on are never scored by mistake: a corpus that has splits gives its test split, and one that
-    looks like the run's own is refused. Clips with other labels than the model's are left out, with a warning.
-    """
-    listed = os.path.join(checkpoint, "split.csv")
-    clips = load_corpus(listed if source is None else source)
-    has_splits = any(clip.split for clip in clips)
-    if source is not None and not has_splits and os.path.isfile(listed):
-        ours = set(map(name_and_label, load_corpus(listed)))
-        shared = sum(name_and_label(clip) in ours for clip in clips)
-        if shared > len(clips) / 3:
-            raise ValueError(f"{source}: {shared} of its {len(clips)} clips have names and labels of {listed}, so it "
-                             "looks like the run's own corpus: leave --data out; if it really is another, list it in "
-                             "a manifest with a column split")  # fmt: skip
-    split = split or ("test" if has_splits else None)
-    if split:
-        clips = [clip for clip in clips if clip.split == split]
-    known = [clip for clip in clips if clip.label in labels]
-    if not known:
-        raise ValueError(f"{source or checkpoint}: has no clips of {', '.join(labels)} in {split or 'any split'}")
-    if len(known) < len(clips):
-        others = ", ".join(sorted({clip.label for clip in clips} - set(labels)))
-        message = f"left out {len(clips) - len(known)} of {len(clips)} clips, whose labels the model does not know"
-        warnings.warn(f"{source or checkpoint}: {message}: {others}", stacklevel=2)
-    return look_at(known, listed if source is None else None)
-
-
-def name_and_label(clip: Clip) -> tuple[str, str]:
-    """Identifies a clip whatever folder it is in; PureWindowsPath takes both kinds of slash for separators."""
-    return PureWindowsPath(clip.path).stem, clip.label
-
-
-def bootstrap(targets: torch.Tensor, logits: torch.Tensor, units: np.ndarray) -> np.ndarray:
+def bootstrap(targets: Tensor, logits: Tensor, units: list[str]) -> np.ndarray:
     """Returns the metric (rows, DRAWS) of logits (rows, N, C) on DRAWS resamples, each of as many units as there are.
 
     Units are drawn with replacement: a speaker with all their clips, which are not independent. Two calls on the same
     units draw the same, so that their differences are paired.
     """
-    names, unit = np.unique(units, return_inverse=True)
-    clips_of = [torch.from_numpy(np.flatnonzero(unit == i)) for i in range(len(names))]
+    names, unit = np.unique(units, return_inverse=True)  # unit: (N,) an index of names
     rng, values = np.random.default_rng(0), []
-    for _ in range(DRAWS):
-        drawn = torch.cat([clips_of[i] for i in rng.integers(len(names), size=len(names))])
-        values.append([scores(targets[drawn], row[drawn])[METRIC] for row in logits])
+    for _ in progress(range(DRAWS), "bootstrap", DRAWS):
+        times_drawn = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
+        clips = torch.from_numpy(np.repeat(np.arange(len(unit)), times_drawn[unit]))
+        values.append([metric(targets[clips], row[clips]) for row in logits])
     return np.array(values).T
 
 
-def interval(draws: np.ndarray, units: np.ndarray) -> list[float] | None:
-    """Returns the 95 % interval of draws (DRAWS,); None if there is only one unit."""
+def interval(draws: np.ndarray, units: list[str]) -> list[float] | None:
+    """Returns the 95% interval of draws (DRAWS,); None if there is only one unit."""
     return np.percentile(draws, [2.5, 97.5]).tolist() if len(set(units)) > 1 else None
 
 
-def compare(ours: Scored, theirs: Scored) -> list[dict]:
-    """Returns the paired difference, ours minus theirs, at each exit that both have, and of fusion if both fuse."""
-    rows_of_ours = answers(ours.model.exits, ours.logits)
-    rows_of_theirs = answers(theirs.model.exits, theirs.logits)
-    shared = [exit for exit in rows_of_ours if exit in rows_of_theirs]
-    # Both sides must hold the same clips. One may hold each of them n times (n seeds), if n is the same for all clips.
-    our_counts = Counter(zip((clip[:2] for clip in ours.clips), ours.units))
-    their_counts = Counter(zip((clip[:2] for clip in theirs.clips), theirs.units))
-    ratios = {count / their_counts[key] for key, count in our_counts.items() if key in their_counts}
-    if our_counts.keys() != their_counts.keys() or len(ratios) != 1:
-        raise ValueError("--against: give runs scored on the same clips, each clip equally often")
-    if ours.model.labels != theirs.model.labels or not shared:
-        raise ValueError("--against: give runs with the same labels and some exit in common")
-    values, draws = [], []
-    for scored, rows in ((ours, rows_of_ours), (theirs, rows_of_theirs)):
-        logits = torch.stack([rows[exit] for exit in shared])
-        values.append([scores(scored.targets, row)[METRIC] for row in logits])
-        draws.append(bootstrap(scored.targets, logits, scored.units))
-    differences = zip(shared, np.subtract(*values).tolist(), np.subtract(*draws))
-    return [{"exit": exit, "difference": value, "ci95": interval(row, ours.units)} for exit, value, row in differences]
-
-
-# -- early exit, and cost ---------------------------------------------------------------------------------------------
-def exit_index(logits: torch.Tensor, thresholds: float | torch.Tensor) -> torch.Tensor:
+# -- early exit -------------------------------------------------------------------------------------------------------
+def exit_index(logits: Tensor, thresholds: float | Tensor) -> Tensor:
     """Returns the index of the exit (N,) at which each clip leaves; logits: (exits, N, C); thresholds: one or (N,)."""
     stops = torch.stack([sdser.should_stop(logits[: i + 1], thresholds) for i in range(len(logits))])  # (exits, N)
     stops[-1] = True
     return stops.int().argmax(0)  # the first that stops
 
 
-def early_logits(logits: torch.Tensor, thresholds: float | torch.Tensor) -> torch.Tensor:
+def early_logits(logits: Tensor, thresholds: float | Tensor) -> Tensor:
     """Returns each clip's logits (N, C) from the exit at which it leaves."""
     return logits[exit_index(logits, thresholds), torch.arange(logits.shape[1])]
 
 
-def lowest_threshold(targets: torch.Tensor, logits: torch.Tensor, tolerance: float) -> float:
-    """Returns the lowest threshold, and so the cheapest, whose metric is within the tolerance of the deepest exit's."""
-    deepest = scores(targets, logits[-1])[METRIC]
-    for threshold in THRESHOLDS:
-        if scores(targets, early_logits(logits, threshold))[METRIC] >= deepest - tolerance:
-            return threshold
-    raise ValueError(f"at no threshold is dev within {tolerance} of the deepest exit; give a larger --tolerance")
+def choose_threshold(targets: Tensor, logits: Tensor, tolerance: float) -> float | None:
+    """Returns the lowest threshold, and so the cheapest, whose metric is within the tolerance of the deepest exit's.
 
-
-def calibrate(checkpoints: list[str], args) -> list[float]:
-    """Chooses each run's threshold on its dev clips and keeps it in its config.json.
-
-    Returns an empty list, and warns, if a run has no dev clips or no threshold is good enough.
+    None if no threshold is.
     """
-    chosen = []
-    try:
-        dev = load_and_score(checkpoints, "dev", None, args.device)
-        runs = [dev.run == i for i in range(len(checkpoints))]
-        chosen = [lowest_threshold(dev.targets[run], dev.logits[:, run], args.tolerance) for run in runs]
-        for checkpoint, threshold in zip(checkpoints, chosen) if RANK == 0 else []:
-            path = Path(checkpoint, "config.json")
-            config = {**json.loads(path.read_text()), "threshold": threshold}
-            sdser.replace_file(path, json.dumps(config, indent=2))
-    except (OSError, ValueError) as error:  # --final trains on dev; a Hub model has none; a folder may be read-only
-        problem = "the threshold is not kept" if chosen else "early exit is not calibrated"
-        warnings.warn(f"{problem}: {error}", stacklevel=2)
-    return chosen
+    enough = metric(targets, logits[-1]) - tolerance
+    for threshold in reversed(sdser.THRESHOLDS):
+        if metric(targets, early_logits(logits, threshold)) >= enough:
+            return threshold
+    return None
 
 
+# -- costs ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def count_macs(model: sdser.MultiExitSER, samples: int, exit: int, heads_on_the_way: bool = False) -> int:
-    """Counts the multiply-accumulates of the matrix products and convolutions that answer for one clip at an exit.
+    """Counts the multiply-accumulates of the matrix products and convolutions that run for one clip up to an exit.
 
-    samples: the clip's length at 16 kHz, not tiled yet. heads_on_the_way: with the shallower exits' heads.
+    The model must be on the CPU. samples: the clip's length at 16 kHz, before it is tiled. heads_on_the_way: with the
+    heads of the shallower exits.
     """
     if model.tile_seconds:
         samples = round(model.tile_seconds * sdser.SAMPLE_RATE)
-    exits = [k for k in model.exits if k < exit and heads_on_the_way] + [exit]
-    # torch's counter sees neither fused attention nor oneDNN's convolutions and recurrent networks
+    # torch's counter sees neither fused attention nor oneDNN's recurrent networks
     no_mkldnn = torch.backends.mkldnn.flags(enabled=False, allow_tf32=None)
-    no_cudnn = torch.backends.cudnn.flags(enabled=False)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), no_mkldnn, no_cudnn:
-        frames = model.embed_frames(torch.zeros(1, samples, device=model.backbone.device))
-        for previous, k in zip([0, *exits], exits):
-            frames = model.run_layers(frames, previous, k)
-            model.read_exit(k, frames)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), no_mkldnn:
+        frames = model.embed_frames(torch.zeros(1, samples))
+        for k in model.exits[: model.exits.index(exit) + 1]:
+            frames = model.run_layers(frames, k)
+            if k == exit or heads_on_the_way:
+                model.read_exit(k, frames)
     return counter.get_total_flops() // 2
 
 
@@ -567,80 +477,216 @@ def count_parameters(model: sdser.MultiExitSER, exits: list[int]) -> int:
     return sum(p.numel() for p in small.parameters())
 
 
-# -- the report, and plots --------------------------------------------------------------------------------------------
-class Cost(NamedTuple):
-    """The cost of a row of the table, for a clip of mean length; for early exit, averaged over the exits taken."""
+# -- tables -----------------------------------------------------------------------------------------------------------
+def logits_by_row(exits: list[int], logits: Tensor, thresholds: float | Tensor | None = None) -> dict:
+    """Returns the logits (N, C) of each row of a table, by its name.
 
-    layers: float
-    parameters: int
-    macs_per_second: float  # of audio
+    Each exit has a row, so has "fusion" of the students if there are two or more, and "early exit" given thresholds.
+    """
+    rows = dict(zip(exits, logits))
+    if len(exits) > 2:
+        rows["fusion"] = sdser.fuse(logits[:-1])
+    if thresholds is not None:
+        rows["early exit"] = early_logits(logits, thresholds)
+    return rows
 
 
-def evaluate(args) -> tuple[dict, list[tuple[float, float]]]:
-    """Returns everything that goes into the JSON, and early exit's cost and metric at each threshold."""
-    scored = load_and_score(args.checkpoints, args.split, args.data, args.device)
-    chosen = calibrate(args.checkpoints, args)
-    model, clips, targets = scored.model, scored.clips, scored.targets
-    exits, labels = model.exits, model.labels
-    thresholds = torch.tensor(chosen)[scored.run] if chosen else None  # (N,), of each clip's run
+def score_rows(targets: Tensor, logits: dict) -> list[dict]:
+    """Returns a table's rows with their scores: [{"exit": 2, "uar": 0.8, ...}, ..., {"exit": "fusion", ...}, ...]."""
+    return [{"exit": name, **scores(targets, row_logits)} for name, row_logits in logits.items()]
 
-    seconds = float(np.mean([clip.seconds for clip in clips]))
-    samples = round(seconds * sdser.SAMPLE_RATE)
+
+class Pool(NamedTuple):
+    """N clips, pooled over runs with the same architecture, and each clip's logits from its own run."""
+
+    model: sdser.MultiExitSER  # of one run: labels, exits and costs are the same for all
+    clips: list[Clip]
+    run: Tensor  # (N,) the index of each clip's checkpoint
+    logits: Tensor  # (exits, N, C)
+    run_thresholds: list[float | None]  # of each checkpoint
+
+    @property
+    def targets(self) -> Tensor:
+        return targets_of(self.clips, self.model.labels)
+
+    @property
+    def units(self) -> list[str]:
+        """What the bootstrap draws, (N,): each clip's speaker, or the clip itself if any speaker is unknown."""
+        known = all(clip.speaker for clip in self.clips)
+        return [clip.speaker if known else clip.path for clip in self.clips]
+
+    @property
+    def thresholds(self) -> Tensor | None:
+        """The threshold of each clip's run, (N,); None if a run has none."""
+        return None if None in self.run_thresholds else torch.tensor(self.run_thresholds)[self.run]
+
+
+def score_runs(checkpoints: list[str], split: str | None, source: str | None, device: str) -> Pool:
+    """Scores every run on its own clips of a split, or on another corpus; InputError unless all are of one kind."""
+    clips, run, logits, thresholds, first = [], [], [], [], None
+    for i, checkpoint in enumerate(checkpoints):
+        model = sdser.MultiExitSER.from_pretrained(checkpoint).to(device)
+        kind = model.labels, model.tile_seconds, str(model)  # whose text lists the layers and their sizes
+        first = first or kind
+        if kind != first:
+            raise InputError(f"{checkpoint}: its labels, window, exits or backbone differ; pool runs with the same")
+        run_clips = choose_clips(checkpoint, split, source, model.labels)
+        clips += run_clips
+        run += [i] * len(run_clips)
+        logits.append(predict(model, run_clips))
+        thresholds.append(model.threshold)
+    return Pool(model.cpu(), clips, torch.tensor(run), torch.cat(logits, 1), thresholds)
+
+
+def choose_clips(checkpoint: str, split: str | None, source: str | None, labels: list[str]) -> list[Clip]:
+    """Returns the run's own clips of a split, as its split.csv lists them, or else the clips of another corpus.
+
+    Another corpus that has splits gives its test split; one without that shares more than a third of its names and
+    labels with the run's own is refused, since it holds training clips. Clips whose labels the model does not know are
+    left out, with a warning.
+    """
+    listed = os.path.join(checkpoint, "split.csv")
+    clips = load_corpus(listed if source is None else source)
+    has_splits = any(clip.split for clip in clips)
+    if source is not None and not has_splits and os.path.isfile(listed):
+        own = {name_and_label(clip) for clip in load_corpus(listed)}
+        shared = sum(name_and_label(clip) in own for clip in clips)
+        if shared > len(clips) / 3:
+            raise InputError(f"{source}: {shared} of its {len(clips)} clips have names and labels of {listed}, so it "
+                             "looks like the run's own corpus: leave --data out; if it really is another, list it in "
+                             "a manifest with a column split")  # fmt: skip
+    split = split or ("test" if has_splits else None)
+    if split:
+        clips = [clip for clip in clips if clip.split == split]
+    known = [clip for clip in clips if is_known(clip, labels)]
+    if not known:
+        raise InputError(f"{source or checkpoint}: has no clips of {', '.join(labels)} in {split or 'any split'}")
+    if len(known) < len(clips):
+        unknown = ", ".join(sorted({clip.label for clip in clips} - set(labels)))
+        message = f"left out {len(clips) - len(known)} of {len(clips)} clips, whose labels the model does not know"
+        warnings.warn(f"{source or checkpoint}: {message}: {unknown}", stacklevel=2)
+    return inspect_clips(known, listed if source is None else None)
+
+
+def name_and_label(clip: Clip) -> tuple[str, str]:
+    """Identifies a clip whatever folder it is in; PureWindowsPath takes both kinds of slash for separators."""
+    return PureWindowsPath(clip.path).stem, clip.label
+
+
+def compare(ours: Pool, theirs: Pool) -> list[dict]:
+    """Returns the paired difference, ours minus theirs, at each exit that both have, and of fusion if both fuse."""
+    # Both sides must hold the same clips. One may hold each of them n times (n seeds), if n is the same for all clips.
+    our_counts, their_counts = (
+        Counter((clip.path, clip.label, unit) for clip, unit in zip(pool.clips, pool.units)) for pool in (ours, theirs)
+    )
+    ratios = {our_counts[clip] / their_counts[clip] for clip in our_counts.keys() & their_counts.keys()}
+    if our_counts.keys() != their_counts.keys() or len(ratios) != 1:
+        raise InputError("--against: both sides must be scored on the same clips, each clip the same number of times")
+    our_rows, their_rows = (logits_by_row(pool.model.exits, pool.logits) for pool in (ours, theirs))
+    shared = [name for name in our_rows if name in their_rows]
+    if ours.model.labels != theirs.model.labels or not shared:
+        raise InputError("--against: both sides must have the same labels, and at least one exit in common")
+    values, draws = [], []
+    for pool, rows in ((ours, our_rows), (theirs, their_rows)):
+        logits = torch.stack([rows[name] for name in shared])
+        values.append([metric(pool.targets, row) for row in logits])
+        draws.append(bootstrap(pool.targets, logits, pool.units))
+    differences = zip(shared, np.subtract(*values).tolist(), np.subtract(*draws))
+    return [{"exit": name, "difference": value, "ci95": interval(row, ours.units)} for name, value, row in differences]
+
+
+def row_costs(model: sdser.MultiExitSER, seconds: float, left_at: Tensor | None) -> tuple[dict, np.ndarray]:
+    """Returns the costs of each row of the table for a clip of this length, and those of early exit at each exit.
+
+    left_at: the index of the exit (N,) at which each clip leaves early, over which the row "early exit" is averaged.
+    """
+    exits, samples = model.exits, round(seconds * sdser.SAMPLE_RATE)
     on_the_way = np.array([count_macs(model, samples, k, heads_on_the_way=True) for k in exits]) / seconds
-    logits_of = answers(exits, scored.logits)  # of each row of the table
-    costs = {k: Cost(k, count_parameters(model, [k]), count_macs(model, samples, k) / seconds) for k in exits}
-    if "fusion" in logits_of:
-        costs["fusion"] = Cost(exits[-2], count_parameters(model, exits[:-1]), on_the_way[-2])
-    if chosen:
-        left_at = exit_index(scored.logits, thresholds).numpy()  # (N,)
-        layers, macs = np.array(exits)[left_at].mean(), on_the_way[left_at].mean()
-        costs["early exit"] = Cost(layers, count_parameters(model, exits), macs)
-        logits_of["early exit"] = early_logits(scored.logits, thresholds)
+    costs = {k: (k, count_parameters(model, [k]), count_macs(model, samples, k) / seconds) for k in exits}
+    if len(exits) > 1:
+        costs["fusion"] = (exits[-2], count_parameters(model, exits[:-1]), on_the_way[-2])
+    if left_at is not None:
+        layers = np.array(exits)[left_at].mean()
+        costs["early exit"] = (layers, count_parameters(model, exits), on_the_way[left_at].mean())
+    names = ("layers", "parameters", "macs_per_second")  # of audio
+    return {name: dict(zip(names, cost)) for name, cost in costs.items()}, on_the_way
 
-    draws = bootstrap(targets, torch.stack(list(logits_of.values())), scored.units)
-    rows = []
-    for (exit, logits), row_draws in zip(logits_of.items(), draws):
-        confusion = confusion_matrix(targets, logits.argmax(-1), len(labels))
-        counts = zip(confusion.diagonal().tolist(), confusion.sum(1).tolist())
-        recall = dict(zip(labels, [hits / total if total else None for hits, total in counts]))
-        ci95 = interval(row_draws, scored.units)
-        rows.append({"exit": exit, **scores(targets, logits), f"{METRIC}_ci95": ci95, "recall": recall,
-                     "confusion": confusion.tolist(), **costs[exit]._asdict()})  # fmt: skip
-    speakers = {clip.speaker for clip in clips}
-    results = {"labels": labels, "checkpoints": args.checkpoints, "split": args.split or clips[0].split or "all",
-               "clips": len(clips), "speakers": None if None in speakers else len(speakers),
-               "chance": 1 / len({clip.label for clip in clips}), "rows": rows, "thresholds": chosen}  # fmt: skip
-    results["predictions"], curve = [], []
-    for i, clip in enumerate(clips):
-        said = {str(exit): labels[logits[i].argmax()] for exit, logits in logits_of.items()}
-        about = {"path": clip.path, "speaker": clip.speaker, "label": clip.label}
-        results["predictions"].append({**about, "answers": said})
-    if chosen:
-        results["exit_share"] = {str(k): float((left_at == i).mean()) for i, k in enumerate(exits)}
-        results["mean_layers"] = costs["early exit"].layers
-        for threshold in THRESHOLDS:
-            value = scores(targets, early_logits(scored.logits, threshold))[METRIC]
-            curve.append((on_the_way[exit_index(scored.logits, threshold)].mean() / 1e9, value))
+
+def evaluate(args) -> dict:
+    """Returns everything that goes into the JSON."""
+    pool = score_runs(args.checkpoints, args.split, args.data, args.device)
+    if args.tolerance is not None:
+        pool = pool._replace(run_thresholds=choose_thresholds(args))
+    model, clips, targets, thresholds = pool.model, pool.clips, pool.targets, pool.thresholds
+    logits = logits_by_row(model.exits, pool.logits, thresholds)
+    rows = score_rows(targets, logits)
+    results = {
+        "labels": model.labels,
+        "checkpoints": args.checkpoints,
+        "split": args.split or clips[0].split or "all",
+        "clips": len(clips),
+        "speakers": len({clip.speaker for clip in clips}) if all(clip.speaker for clip in clips) else None,
+        "chance": 1 / len(labels_of(clips)),
+        "scores": list(rows[0])[1:],
+        "rows": rows,
+        "thresholds": pool.run_thresholds,
+    }
+    left_at = None if thresholds is None else exit_index(pool.logits, thresholds)  # (N,)
+    costs, on_the_way = row_costs(model, float(np.mean([clip.seconds for clip in clips])), left_at)
+    draws = bootstrap(targets, torch.stack(list(logits.values())), pool.units)
+    for row, row_draws in zip(rows, draws):
+        row[f"{METRIC}_ci95"] = interval(row_draws, pool.units)
+        row.update(by_label(targets, logits[row["exit"]], model.labels), **costs[row["exit"]])
+    if left_at is not None:
+        results["exit_share"] = {str(k): float((left_at == i).double().mean()) for i, k in enumerate(model.exits)}
+        results["mean_layers"] = costs["early exit"]["layers"]
+    results["early_exit_curve"] = []
+    for threshold in sdser.THRESHOLDS:
+        macs = on_the_way[exit_index(pool.logits, threshold)].mean()
+        value = metric(targets, early_logits(pool.logits, threshold))
+        results["early_exit_curve"].append({"threshold": threshold, "macs_per_second": macs, METRIC: value})
     if args.against:
-        results["against"] = compare(scored, load_and_score(args.against, args.split, args.data, args.device))
-    return results, curve
+        results["against"] = compare(pool, score_runs(args.against, args.split, args.data, args.device))
+    results["predictions"] = []
+    for i, clip in enumerate(clips):
+        answers = {str(name): model.labels[row_logits[i].argmax()] for name, row_logits in logits.items()}
+        about = {"path": clip.path, "speaker": clip.speaker, "label": clip.label}
+        results["predictions"].append({**about, "answers": answers})
+    return results
 
 
+def choose_thresholds(args) -> list[float]:
+    """Chooses a threshold for each run on its own dev clips, within --tolerance; for this report only."""
+    dev = score_runs(args.checkpoints, "dev", None, args.device)
+    thresholds = []
+    for i, checkpoint in enumerate(args.checkpoints):
+        threshold = choose_threshold(dev.targets[dev.run == i], dev.logits[:, dev.run == i], args.tolerance)
+        if threshold is None:
+            raise InputError(f"{checkpoint}: no threshold keeps dev within {args.tolerance}; use a larger --tolerance")
+        thresholds.append(threshold)
+    return thresholds
+
+
+def by_label(targets: Tensor, logits: Tensor, labels: list[str]) -> dict:
+    """Returns a row's recall per label and its confusion matrix; a task without classes returns nothing here."""
+    recall = [None if np.isnan(value) else value for value in recalls(targets, logits).tolist()]
+    return {"recall": dict(zip(labels, recall)), "confusion": confusion_matrix(targets, logits).tolist()}
+
+
+# -- the report, and plots --------------------------------------------------------------------------------------------
 def report(results: dict, args) -> None:
     """Prints the result tables."""
-    labels, rows = results["labels"], results["rows"]
+    rows, title = results["rows"], METRIC.upper()
     exits = [row["exit"] for row in rows if isinstance(row["exit"], int)]
     print(f"{', '.join(args.checkpoints)} on {args.data or 'its own clips'}: {results['split']}\n")
-    metric = METRIC.upper()
-    others = [name for name in ("accuracy", "macro_f1") if name in rows[0]]
-    columns = "".join(f"  {name:>8}" for name in others)
-    print(f"exit          layers  params M  GMAC/s  {metric:>5}  95 % interval {columns}")
+    more = [name for name in results["scores"] if name != METRIC]
+    columns = "".join(f"  {name:>8}" for name in more)
+    print(f"exit          layers  params M  GMAC/s  {title:>5}  95% interval  {columns}")
     for row in rows:
-        title = f"{row['exit']} (teacher)" if row["exit"] == exits[-1] and len(exits) > 1 else str(row["exit"])
-        ci95 = between(row[f"{METRIC}_ci95"], ".3f")
+        name = f"{row['exit']} (teacher)" if row["exit"] == exits[-1] and len(exits) > 1 else str(row["exit"])
         cost = f"{row['layers']:6.3g}  {row['parameters'] / 1e6:8.2f}  {row['macs_per_second'] / 1e9:6.2f}"
-        worth = f"{row[METRIC]:.3f}  {ci95:14}" + "".join(f"  {row[name]:8.3f}" for name in others)
-        print(f"{title:12}  {cost}  {worth}")
+        values = "".join(f"  {row[name]:8.3f}" for name in more)
+        print(f"{name:12}  {cost}  {row[METRIC]:.3f}  {between(row[f'{METRIC}_ci95'], '.3f'):14}{values}")
     speakers = "unknown speakers (so the intervals are too narrow)"
     if results["speakers"] == 1:
         speakers = "one speaker (an interval needs two: pool the runs of several folds)"
@@ -648,18 +694,20 @@ def report(results: dict, args) -> None:
         speakers = f"{results['speakers']} speakers{' (few: rough intervals)' if results['speakers'] < 8 else ''}"
     print(f"{results['clips']} clips of {speakers}; chance is {results['chance']:.3f}")
     print("GMAC/s: billions of multiply-accumulates per second of audio, for a clip of the mean length")
-    if results["thresholds"]:
-        leaves = ", ".join(f"{100 * share:.0f} % at exit {k}" for k, share in results["exit_share"].items())
-        chosen = ", ".join(map(str, results["thresholds"]))
-        print(f"early exit at confidence {chosen}, the lowest whose {metric} on dev is within {args.tolerance} of exit "
-              f"{exits[-1]}'s: {leaves}")  # fmt: skip
+    if "exit_share" in results:
+        leaves = ", ".join(f"{100 * proportion:.0f}% at exit {k}" for k, proportion in results["exit_share"].items())
+        print(f"early exit at the threshold {', '.join(map(str, results['thresholds']))}: clips leave {leaves}")
+    if args.tolerance is not None:
+        print(f"the threshold was chosen on dev for this report, to lose at most {args.tolerance} {title}; to keep it, "
+              'write it into config.json as "threshold"')  # fmt: skip
 
-    print("\nrecall      " + "".join(f"{label[:10]:>11}" for label in labels))
-    for row in rows:
-        recalls = [f"{'-':>11}" if recall is None else f"{recall:11.3f}" for recall in row["recall"].values()]
-        print(f"{row['exit']!s:12}" + "".join(recalls))
+    if "recall" in rows[0]:
+        print("\nrecall      " + "".join(f"{label[:10]:>11}" for label in results["labels"]))
+        for row in rows:
+            recalls = [f"{'-':>11}" if recall is None else f"{recall:11.3f}" for recall in row["recall"].values()]
+            print(f"{row['exit']!s:12}" + "".join(recalls))
     if args.against:
-        print(f"\ndifference in {metric} to {', '.join(args.against)}, paired, with 95 % interval")
+        print(f"\ndifference in {title} to {', '.join(args.against)}, paired, with 95% interval")
         for row in results["against"]:
             print(f"  {row['exit']!s:8} {row['difference']:+.3f}  {between(row['ci95'], '+.3f')}")
 
@@ -669,22 +717,23 @@ def between(ci95: list[float] | None, form: str) -> str:
     return "-" if ci95 is None else f"{ci95[0]:{form}} to {ci95[1]:{form}}"
 
 
-def plot(results: dict, curve: list[tuple[float, float]], folder: str) -> None:
+def plot(results: dict, folder: str) -> None:
+    """Plots each exit's metric against its cost, and early exit's at all thresholds."""
     figure = new_figure(figsize=(5.5, 4))
     axes = figure.subplots()
     for row in results["rows"]:
-        cost, value = row["macs_per_second"] / 1e9, row[METRIC]
-        ci95 = row[f"{METRIC}_ci95"]
+        cost, value, ci95 = row["macs_per_second"] / 1e9, row[METRIC], row[f"{METRIC}_ci95"]
         error = None if ci95 is None else np.abs(np.array([ci95]).T - value)
         if isinstance(row["exit"], int):
             axes.errorbar(cost, value, error, fmt="o", color="black", capsize=3)
             axes.annotate(f"exit {row['exit']}", (cost, value), (-5, 6), textcoords="offset points", ha="right")
         elif row["exit"] == "early exit":
             axes.plot(cost, value, "*", color="black", markersize=12, label="early exit, threshold chosen on dev")
-            axes.plot(*np.array(curve).T, "-", color="gray", zorder=0, label="early exit, all thresholds")
+    curve = [(point["macs_per_second"] / 1e9, point[METRIC]) for point in results["early_exit_curve"]]
+    axes.plot(*np.array(curve).T, "-", color="gray", zorder=0, label="early exit, all thresholds")
     axes.axhline(results["chance"], color="gray", linestyle=":", label="chance")
     axes.set(xlabel="GMAC per second of audio", xlim=(0, None))
-    axes.set(ylabel=f"{METRIC.upper()} (95 % interval)", ylim=(0, 1))
+    axes.set(ylabel=f"{METRIC.upper()} (95% interval)", ylim=(0, 1))
     axes.legend(loc="lower right", fontsize="small")
     save_figure(figure, Path(folder, "uar_against_cost.png"))
     print(f"\nplot: {folder}/uar_against_cost.png")
@@ -706,22 +755,22 @@ def save_figure(figure, path) -> None:
 def classify_files(args) -> int:
     """Prints a line per file as soon as it is known; returns the exit status, 2 if a file could not be read."""
     model = sdser.MultiExitSER.from_pretrained(args.checkpoints[0]).to(args.device)
-    threshold = args.threshold
-    if threshold is None and args.exit is None:
-        threshold = model.threshold
-    status, answers = 0, []
+    threshold = model.threshold if args.threshold is None and args.exit is None else args.threshold
+    if args.exit is not None:
+        model.check_exit(args.exit)
+    status, predictions = 0, []
     for path in args.audio:
         try:
-            answer = model.classify(path, args.exit, threshold)[0]
-        except (ValueError, OSError) as error:
+            [prediction] = model.classify(path, args.exit, threshold)
+        except (InputError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             status = 2
             continue
-        answers.append({"path": path, **answer._asdict()})
-        print(f"{path}  {answer.label}  {answer.confidence:.3f}  exit {answer.exit}  {answer.milliseconds:.0f} ms",
-              flush=True)  # fmt: skip
+        predictions.append({"path": path, **prediction._asdict()})
+        print(f"{path}  {prediction.label}  {prediction.confidence:.3f}  exit {prediction.exit}  "
+              f"{prediction.milliseconds:.0f} ms", flush=True)  # fmt: skip
     if args.json:
-        sdser.replace_file(args.json, json.dumps(answers, indent=2))
+        sdser.replace_file(args.json, json.dumps(predictions, indent=2))
     return status
 
 
@@ -730,17 +779,18 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     checkpoint = dict(nargs="+", metavar="CHECKPOINT")
-    add("checkpoints", help="folder written by train.py, or a Hub name; several of one kind are pooled", **checkpoint)
+    pooled = "folder written by train.py, or a Hub name; several runs with the same architecture are pooled"
+    add("checkpoints", help=pooled, **checkpoint)
     add("--data", metavar="SOURCE", help="another corpus than the checkpoint's own (see train.py)")
     add("--split", choices=SPLITS, help="default: test, or all clips of a --data without splits")
     add("--against", help="also the paired differences to these", **checkpoint)
-    real_or_0 = positive(float, zero=True)
-    add("--tolerance", type=real_or_0, default=0.01, metavar="X", help="UAR early exit may lose on dev (default 0.01)")
+    anew = f"choose early exit's threshold anew on dev, for this report: the {METRIC.upper()} that it may lose"
+    add("--tolerance", type=positive(float, or_zero=True), metavar="X", help=anew)
     add("--json", metavar="FILE", help="write the results as JSON")
-    add("--plot", metavar="DIR", help="write a plot of worth against cost (needs matplotlib)")
+    add("--plot", metavar="DIR", help=f"plot {METRIC.upper()} against cost (needs matplotlib)")
     add("--audio", nargs="+", metavar="FILE", help="classify these files instead")
     add("--exit", type=int, metavar="K", help="with --audio: run to this exit")
-    add("--threshold", type=float, metavar="P", help="with --audio: leave at this confidence (default: the calibrated)")
+    add("--threshold", type=float, metavar="P", help="with --audio: leave early at this threshold (default: the run's)")
     add("--device", metavar="D", help="default: cuda if available, else cpu")
     args = parser.parse_args(argv)
     if args.audio and (len(args.checkpoints) > 1 or args.against or args.data or args.split or args.plot):
@@ -750,24 +800,27 @@ def parse_args(argv=None) -> argparse.Namespace:
     return args
 
 
-def positive(kind: type, zero: bool = False, most: float = sys.float_info.max):
-    """Returns an argparse type: a number of that kind, above 0 or, with zero=True, at least 0, and up to `most`."""
+def positive(kind: type, or_zero: bool = False, limit: float = sys.float_info.max):
+    """Returns an argparse type: a number of that kind, above 0 or, with or_zero, at least 0, and up to the limit."""
 
     def number(text):
         value = kind(text)
-        if not 0 <= value <= most or (value == 0 and not zero):
+        if not 0 <= value <= limit or (value == 0 and not or_zero):
             raise ValueError
         return value
 
-    up_to = f" up to {most}" if most < sys.float_info.max else ""
-    number.__name__ = f"positive {kind.__name__}{up_to}"  # as argparse's message calls it
-    return number
+    lowest = "at least" if or_zero else "above"
+    number.__name__ = f"{kind.__name__} {lowest} 0" + (f" and up to {limit:g}" if limit < sys.float_info.max else "")
+    return number  # whose name argparse puts into its message
 
 
 def usable_device(name: str | None) -> str:
-    """Returns the device asked for, by default cuda or else cpu; raises ValueError if it cannot be used here."""
+    """Returns the device asked for, by default cuda or else cpu; raises InputError if it cannot be used here.
+
+    Makes one of several GPUs this process's own.
+    """
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    with sdser.file_errors(f"--device {name}", "cannot be used here", "name another, for example cpu"):
+    with sdser.file_errors(f"--device {name}", "cannot be used here", "choose another, for example cpu"):
         if name == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=name).item()
@@ -775,11 +828,14 @@ def usable_device(name: str | None) -> str:
 
 
 def check_writable(path, folder: bool = False) -> None:
-    """Raises ValueError, before the work rather than after it, if a file, or files in a folder, cannot be written."""
-    with sdser.file_errors(path, "cannot be written", "name another place"):
+    """Raises InputError, before the work rather than after it, if a file, or files in a folder, cannot be written.
+
+    Creates the folder.
+    """
+    with sdser.file_errors(path, "cannot be written", "choose another path"):
         if folder:
             os.makedirs(path, exist_ok=True)
-        place = path if os.path.exists(path) else f"{Path(path).absolute().parent}/"
+        place = path if os.path.exists(path) else Path(path).absolute().parent
         if os.path.isdir(path) != folder or not os.access(place, os.W_OK):
             raise PermissionError("no file can be put there")
 
@@ -791,15 +847,22 @@ def quote(path) -> str:
 
 @contextlib.contextmanager
 def script(when_interrupted: str = "interrupted"):
-    """Ends a script as its user expects: an error is one sentence and status 2, Ctrl-C is status 130."""
+    """Runs a script's work: prepares its output, forms the process group, and ends it as its user expects.
+
+    What a user did wrong, a file system's error and too little memory become one sentence and status 2, Ctrl-C status
+    130. Anything else is a fault in the code, and shows its traceback.
+    """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     if hasattr(sys.stdout, "reconfigure"):  # for log files, and for consoles that lack some letters
         sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    if WORLD > 1:
-        sys.stdout = sys.stdout if RANK == 0 else None
-        on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")  # sums are on the CPU, gradients maybe not
+    if RANK > 0:  # the first of several processes speaks for all
+        sys.stdout = None
+        warnings.simplefilter("ignore")
     try:
+        if WORLD > 1:
+            on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+            with sdser.file_errors("WORLD_SIZE", "no process group can be formed", "unset it, or start by torchrun"):
+                dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")  # sums are on the CPU
         yield
     except KeyboardInterrupt:
         print(when_interrupted, file=sys.stderr)
@@ -807,10 +870,10 @@ def script(when_interrupted: str = "interrupted"):
     except Exception as error:
         sentence = str(error).strip().rpartition("\n")[2]  # a loading process's error ends a traceback
         if "out of memory" in str(error) or "can't allocate memory" in str(error):
-            sentence = "out of memory; training takes less with a smaller --batch-size and --accumulate, or --seconds"
-        elif not isinstance(error, (ValueError, OSError)):
+            sentence = "out of memory; in training, use a smaller --batch-size with a larger --accumulate, or --seconds"
+        elif not isinstance(error, (InputError, OSError)):
             raise
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"error: {sentence.removeprefix('sdser.InputError: ')}", file=sys.stderr)
         sys.exit(2)
     if WORLD > 1:
         dist.destroy_process_group()
@@ -827,13 +890,13 @@ def main(argv=None) -> None:
             new_figure()  # or say that matplotlib is absent
         if args.audio:
             sys.exit(classify_files(args))
-        results, curve = evaluate(args)
+        results = evaluate(args)
         if RANK == 0:
             if args.json:
                 sdser.replace_file(args.json, json.dumps(results, indent=2))
             report(results, args)
             if args.plot:
-                plot(results, curve, args.plot)
+                plot(results, args.plot)
 
 
 if __name__ == "__main__":

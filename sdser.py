@@ -5,15 +5,16 @@ While it is fine-tuned, the shallow exits (students) also learn from the deepest
 can run at several depths: Ren, Nguyen, Chang, Schuller, "Fast Yet Effective Speech Emotion Recognition with
 Self-distillation", ICASSP 2023, arXiv 2210.14636. Here "the paper's" means what its authors' released code does.
 
-First the method, then what it needs:
+First the method, then its supporting code:
 
-    the exits         ExitHead, ExitOutput: hidden states of one layer -> logits and embedding
+    the exits         Frames, ExitHead, ExitOutput: the frames of one layer -> logits and embedding
     the loss          self_distillation_loss; fuse, in which the exit with the largest margin decides; should_stop
     the model         MultiExitSER: forward, early_exit; classify, truncate, saving and loading
     padding           what keeps a padded batch exact; SpecAugment's time mask
-    the backbone      load_backbone; audio: load_audio; metrics: scores; files
+    the backbone      load_config, load_backbone; audio: load_audio; files
 
 Shapes: B clips, T samples or frames, D features, C classes. Waveforms are float32 at 16 kHz; a frame is 20 ms.
+Whatever a user can do wrong raises InputError, whose message is one sentence, or an OSError.
 """
 
 import contextlib
@@ -38,12 +39,20 @@ from transformers.masking_utils import create_bidirectional_mask
 
 SAMPLE_RATE = 16_000
 HEADS = ("gru", "lstm", "attention", "mean")
-HUB = dict(library_name="sdser", paper_url="https://arxiv.org/abs/2210.14636", pipeline_tag="audio-classification")
 
 
 # -- the exits ---------------------------------------------------------------------------------------------------------
+class Frames(NamedTuple):
+    """The frames of a batch on their way through the layers."""
+
+    hidden: Tensor  # (B, T, D)
+    valid: Tensor | None = None  # (B, T) bool, which frames hold data; None where all do
+    depth: int = 0  # how many layers they have passed
+    position_bias: Tensor | None = None  # (B * heads, T, T), which WavLM's layer 1 makes and its other layers reuse
+
+
 class ExitHead(nn.Module):
-    """Hidden states of one layer -> logits z_k and embedding f_k.
+    """Pools the frames of one layer into an embedding f_k, and classifies it: logits z_k.
 
     gru, lstm    one-layer recurrent network from a zero state, LayerNorm, SELU, mean over frames, as in the paper
     attention    mean over frames, weighted by a learned linear layer
@@ -65,15 +74,17 @@ class ExitHead(nn.Module):
             nn.init.kaiming_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, hidden: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """hidden: (B, T, D); valid: (B, T) bool, None if every frame is valid -> logits (B, C), embedding (B, D)."""
+    def forward(self, frames: Frames) -> tuple[Tensor, Tensor]:
+        """Returns logits (B, C) and embedding (B, D)."""
+        hidden, valid = frames.hidden, frames.valid
         if self.kind in ("gru", "lstm"):
             # padding comes after the clip, so a network that runs forward in time never sees it
             hidden = F.selu(self.norm(self.rnn(hidden)[0]))  # (B, T, D)
         if self.kind == "attention":
-            score = self.score(hidden).squeeze(-1)  # (B, T)
-            score = score if valid is None else score.masked_fill(~valid, -torch.inf)
-            embedding = torch.einsum("bt,btd->bd", score.softmax(-1), hidden)
+            attention = self.score(hidden).squeeze(-1)  # (B, T)
+            if valid is not None:
+                attention = attention.masked_fill(~valid, -torch.inf)
+            embedding = torch.einsum("bt,btd->bd", attention.softmax(-1), hidden)
         elif valid is None:
             embedding = hidden.mean(1)
         else:  # the mean over each clip's own frames
@@ -88,6 +99,16 @@ class ExitOutput(NamedTuple):
 
 
 # -- the loss, fusion, and the stop rule -------------------------------------------------------------------------------
+def criterion(logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """Returns each clip's cross-entropy, (B,); targets: class indices (B,), or probabilities (B, C)."""
+    return F.cross_entropy(logits, targets, class_weights, reduction="none")
+
+
+def probabilities(logits: Tensor) -> Tensor:
+    """Returns what logits (..., C) say about the classes, as probabilities (..., C)."""
+    return logits.softmax(-1)
+
+
 def self_distillation_loss(
     outputs: list[ExitOutput],
     targets: Tensor,
@@ -97,7 +118,7 @@ def self_distillation_loss(
     detach_teacher: bool = True,
     class_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The paper's loss, its KL corrected: all exits learn the labels, and the shallow ones what the deepest knows.
+    """The paper's loss, with its KL term fixed: all exits learn the labels, the shallow ones also from the deepest.
 
         L = CE(z_d, y) + 1/|S| Σ_{k in S} [ CE(z_k, y) + α T² KL(softmax(z_d/T) ‖ softmax(z_k/T)) + β MSE(f_k, f_d) ]
 
@@ -105,26 +126,26 @@ def self_distillation_loss(
 
     Args:
         outputs: what the model returned, shallow to deep; a single exit has no students, and its loss is CE(z_d, y).
-        targets: (B,) int64 class indices y.
+        targets: (B,) int64 class indices y, or (B, C) probabilities.
         kl_weight: α, for the teacher's probabilities (Hinton et al., 2015); at 0 the term is not computed.
         hint_weight: β, for the teacher's embedding, the hint (FitNets, Romero et al., 2015); at 0 it is not computed.
-        temperature: T softens both distributions; T² keeps the term's gradients about as large for any T.
+        temperature: T softens both distributions; multiplying by T² keeps the scale of the gradients roughly the same.
         detach_teacher: the KL and hint terms send no gradient through z_d and f_d (Zhang et al., 2019); they still
             train the layers that the teacher shares with the students.
         class_weights: (C,) float, per class, for the cross-entropy at every exit; None means 1.
     Returns:
-        the loss, a scalar, averaged over the batch (a sum divided by B), and its parts by name, detached scalars,
-        unweighted and averaged over students: ce (the teacher's), ce_students, kl, hint.
+        the loss, a scalar: the sum over the batch divided by B. And its parts, detached scalars: ce (the teacher's),
+        ce_students, kl and hint (averaged over the students). They are not yet weighted by α and β.
     """
     *students, teacher = outputs
     teacher_logits, teacher_embedding = teacher.logits, teacher.embedding
     if detach_teacher:  # the gradient of KL and hint stops here
         teacher_logits, teacher_embedding = teacher_logits.detach(), teacher_embedding.detach()
     # CE(z_d, y), divided by B whatever the weights, so that batches add up
-    ce = F.cross_entropy(teacher.logits, targets, class_weights, reduction="none").mean()
+    ce = criterion(teacher.logits, targets, class_weights).mean()
     ce_students = kl = hint = torch.zeros_like(ce.detach())
     for student in students:
-        ce_k = F.cross_entropy(student.logits, targets, class_weights, reduction="none").mean()  # CE(z_k, y)
+        ce_k = criterion(student.logits, targets, class_weights).mean()  # CE(z_k, y)
         ce_students = ce_students + ce_k / len(students)
         if kl_weight:  # T² KL(softmax(z_d/T) ‖ softmax(z_k/T))
             log_p_student = F.log_softmax(student.logits / temperature, -1)
@@ -139,34 +160,32 @@ def self_distillation_loss(
     return loss, {name: part.detach() for name, part in parts.items()}
 
 
-def fuse(outputs: list[ExitOutput] | Tensor) -> Tensor:
-    """The logits (B, C) of each clip's exit with the largest margin, top-1 minus top-2.
+def fuse(logits: Tensor | list[ExitOutput]) -> Tensor:
+    """Returns the logits (B, C) of each clip's exit with the largest margin, top-1 minus top-2.
 
-    outputs: the exits that take part, or their logits (exits, B, C). In the paper they are only the students:
+    logits: (exits, B, C), of the exits that take part, or these exits' outputs. In the paper they are the students:
     `fuse(outputs[:-1])`.
     """
-    logits = outputs if isinstance(outputs, Tensor) else torch.stack([output.logits for output in outputs])
+    if isinstance(logits, list):
+        logits = torch.stack([output.logits for output in logits])
     first, second = logits.topk(2, dim=-1).values.unbind(-1)  # (exits, B) each
     return logits[(first - second).argmax(0), torch.arange(logits.shape[1], device=logits.device)]
 
 
-def should_stop(logits: Tensor, threshold: float | Tensor) -> Tensor:
-    """The stop rule of early exit: tells which clips, (B,) bool, leave at the last of the exits that have run.
+# From 1, at which only a probability that rounds to 1 stops a clip early, to 0, at which all stop at the first exit.
+THRESHOLDS = [i / 100 for i in range(100, -1, -1)]
 
-    logits: (exits so far, B, C). A clip leaves when the last exit's top probability reaches the threshold.
+
+def should_stop(logits: Tensor, threshold: float | Tensor) -> Tensor:
+    """The stop rule of early exit: returns a mask (B,) bool of the clips that leave at the latest exit.
+
+    logits: (exits so far, B, C), of all exits, for rules that compare them; threshold: one of the range of THRESHOLDS,
+    or (B,). By this rule, a clip leaves when the latest exit's top probability reaches the threshold.
     """
-    return logits[-1].softmax(-1).amax(-1) >= threshold
+    return probabilities(logits[-1]).amax(-1) >= threshold
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
-class Frames(NamedTuple):
-    """The frames of a batch on their way through the layers."""
-
-    hidden: Tensor  # (B, T, D)
-    valid: Tensor | None  # (B, T) bool, which frames hold data; None where all do
-    position_bias: Tensor | None = None  # (B * heads, T, T), which WavLM's layer 1 makes and its other layers reuse
-
-
 # The modules of a backbone that are used here; its own forward never runs. `config` is always the backbone's.
 #
 #   feature_extractor.conv_layers   7 convolutions, (B, 1, samples) -> (B, channels, T), one frame per 20 ms
@@ -177,7 +196,13 @@ class Frames(NamedTuple):
 #   encoder.layer_norm              before layer 1 (post-LN, do_stable_layer_norm false) or after the last (pre-LN)
 
 
-class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
+class MultiExitSER(
+    nn.Module,
+    PyTorchModelHubMixin,  # push_to_hub, and a model card with what follows
+    library_name="sdser",
+    paper_url="https://arxiv.org/abs/2210.14636",
+    pipeline_tag="audio-classification",
+):
     """A speech transformer with a classifier at several depths.
 
     Args:
@@ -185,12 +210,13 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         backbone: a Hub name, a folder saved by `transformers`, a size in SIZES (random weights), or a config dict.
         exits: increasing layer numbers, from 1; the last is the teacher, and layers beyond it are not kept.
             Default: 1 2 4 for "tiny", 2 4 6 for "small", otherwise L/4, 2L/3, 5L/6, L of L layers.
-        head: one of HEADS for the shallow exits, the deepest then getting "mean" (a single exit gets the one named);
-            or a list of one per exit.
-        tile_seconds: if set, the model was trained on clips repeated or cut to this length, and `classify` does so too.
-        threshold: the calibrated confidence that `classify(threshold="auto")` stops at.
+        head: a list of names in HEADS, one per exit. Or one name: that head at the shallow exits and "mean" at the
+            deepest; with a single exit, that exit gets it.
+        tile_seconds: if set, the model was trained on clips that were repeated or cut to this length, and `classify`
+            does the same to its input.
+        threshold: of early exit, chosen on dev clips; `classify(threshold="auto")` uses it.
     Raises:
-        ValueError, FileNotFoundError: if the arguments do not describe a model; the message says what would.
+        InputError: if the arguments do not describe a model; the message says what is allowed.
     """
 
     def __init__(
@@ -206,14 +232,12 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         config = load_config(backbone)
         if exits is None:
             exits = default_exits(backbone, config.num_hidden_layers)
-        head = [head] if isinstance(head, str) else list(head)
-        if len(head) == 1 and len(exits) > 1:
-            head = head * (len(exits) - 1) + ["mean"]
-        self.check_arguments(labels, exits, head, tile_seconds, config.num_hidden_layers)
-        self.labels, self.exits, self.head_kinds = list(labels), list(exits), head
+        if isinstance(head, str):
+            head = [head] if len(exits) == 1 else [head] * (len(exits) - 1) + ["mean"]
+        self.check_arguments(labels, exits, head, tile_seconds, threshold, config.num_hidden_layers)
+        self.labels, self.exits, self.head_kinds = list(labels), list(exits), list(head)
         self.tile_seconds, self.threshold = tile_seconds, threshold
-        config.num_hidden_layers = exits[-1]
-        self.backbone = load_backbone(backbone, config)
+        self.backbone = load_backbone(backbone, config, layers=exits[-1])
         heads = {str(exit): ExitHead(kind, config.hidden_size, len(labels)) for exit, kind in zip(exits, head)}
         self.heads = nn.ModuleDict(heads)
 
@@ -227,156 +251,168 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         Returns:
             one ExitOutput per exit, shallow to deep.
         Raises:
-            ValueError: shapes that do not fit, a clip shorter than one frame, an exit that the model lacks.
+            InputError: shapes that do not fit, a clip shorter than one frame, an exit that the model lacks.
         """
-        exits = self.exits if exit is None else [self.check_exit(exit)]
+        if exit is not None:
+            self.check_exit(exit)
         frames, outputs = self.embed_frames(waveforms, lengths), []
-        for previous, k in zip([0, *exits], exits):  # each exit resumes where the one before it stopped
-            frames = self.run_layers(frames, previous, k)
+        for k in self.exits if exit is None else [exit]:
+            frames = self.run_layers(frames, k)  # resumes at the exit before
             outputs.append(self.read_exit(k, frames))
         return outputs
 
     def embed_frames(self, waveforms: Tensor, lengths: Tensor | None = None) -> Frames:
-        """Everything before the transformer layers: normalisation, CNN, projection, time mask, position."""
-        lengths = self.check_batch(waveforms, lengths)  # None where nothing is padded
-        config, encoder = self.backbone.config, self.backbone.encoder
+        """Everything before the transformer layers: normalisation, convolutions, projection, time mask, positions."""
+        return self.add_positions(self.extract_features(waveforms, lengths))
+
+    def extract_features(self, waveforms: Tensor, lengths: Tensor | None = None) -> Frames:
+        """Turns waveforms (B, samples) into frames, which do not yet know where in the clip they are."""
+        config, lengths = self.backbone.config, self.real_lengths(waveforms, lengths)  # None where nothing is padded
         valid = None if lengths is None else valid_mask(lengths, waveforms.shape[1])  # (B, samples)
         if config.do_normalize:
             waveforms = standardize(waveforms, valid)
         elif valid is not None:
             waveforms = torch.where(valid, waveforms, 0)
 
-        x = waveforms[:, None].to(self.backbone.dtype)  # (B, 1, samples)
+        x, frame_counts = (
+            waveforms[:, None].to(self.backbone.dtype),
+            lengths,
+        )  # (B, 1, samples); still counts of samples
         for i, layer in enumerate(self.backbone.feature_extractor.conv_layers):
-            if lengths is not None:  # samples become frames; no convolution pads, so each frame sees only its own clip
-                lengths = (lengths - config.conv_kernel[i]) // config.conv_stride[i] + 1
+            if lengths is not None:  # no convolution pads, so a clip's first frames come from its own samples only
+                frame_counts = (frame_counts - config.conv_kernel[i]) // config.conv_stride[i] + 1  # (B,)
             if i == 0 and config.feat_extract_norm == "group" and lengths is not None:
                 # the GroupNorm of "base" models normalises over time: padding would count
-                x = layer.activation(normalize_each(layer.layer_norm, layer.conv(x), lengths))
+                x = layer.activation(normalize_each(layer.layer_norm, layer.conv(x), frame_counts))
             else:
                 x = layer(x)  # (B, channels, frames)
 
-        hidden = self.backbone.feature_projection(x.transpose(1, 2))  # (B, frames, D), one frame per 20 ms
-        hidden = hidden[0] if isinstance(hidden, tuple) else hidden  # HuBERT's returns no tuple
+        hidden = first(self.backbone.feature_projection(x.transpose(1, 2)))  # (B, frames, D), one frame per 20 ms
         hidden = hidden.to(self.backbone.dtype)  # autocast has made it bfloat16
-        valid = None if lengths is None else valid_mask(lengths, hidden.shape[1])  # (B, frames)
+        return Frames(hidden, None if lengths is None else valid_mask(frame_counts, hidden.shape[1]))
+
+    def add_positions(self, frames: Frames) -> Frames:
+        """Masks spans of frames in training, and adds what tells the layers where in the clip a frame is."""
+        hidden, config, encoder = frames.hidden, self.backbone.config, self.backbone.encoder
         if self.training and config.mask_time_prob > 0:
-            mask = sample_time_mask(config, hidden, valid)
+            mask = sample_time_mask(config, hidden, frames.valid)
             hidden = torch.where(mask[..., None], self.backbone.masked_spec_embed.to(hidden.dtype), hidden)
-        if valid is not None:
-            hidden = torch.where(valid[..., None], hidden, 0)  # the position convolution must see zeros past the end
+        if frames.valid is not None:
+            hidden = torch.where(frames.valid[..., None], hidden, 0)  # the convolution must see zeros past the end
         # in float32 even under autocast: in bfloat16, oneDNN computes it wrongly for some widths on processors with AMX
         with torch.autocast(hidden.device.type, enabled=False):
             hidden = hidden + encoder.pos_conv_embed(hidden)
         if not config.do_stable_layer_norm:  # post-LN: this norm stands before layer 1; pre-LN: see read_exit
             hidden = encoder.layer_norm(hidden)
-        return Frames(encoder.dropout(hidden), valid)
+        return frames._replace(hidden=encoder.dropout(hidden))
 
-    def run_layers(self, frames: Frames, start: int, stop: int) -> Frames:
-        """Transformer layers start+1 to stop; no frame attends to padding."""
-        hidden, valid, bias = frames
-        config, layers = self.backbone.config, self.backbone.encoder.layers[start:stop]
-        if config.model_type == "wavlm":
-            with warnings.catch_warnings():  # torch warns about a bool mask with a float bias
-                warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")
-                for layer in layers:
-                    hidden, bias = layer(hidden, attention_mask=valid, position_bias=bias)
-        else:
-            mask = create_bidirectional_mask(config, hidden, valid)
-            for layer in layers:
-                hidden = layer(hidden, attention_mask=mask)
-        return Frames(hidden, valid, bias)
+    def run_layers(self, frames: Frames, depth: int) -> Frames:
+        """Runs the transformer layers from where the frames are to layer `depth`; no frame attends to padding."""
+        config, hidden, bias = self.backbone.config, frames.hidden, frames.position_bias
+        is_wavlm = config.model_type == "wavlm"
+        mask = frames.valid if is_wavlm else create_bidirectional_mask(config, hidden, frames.valid)
+        for layer in self.backbone.encoder.layers[frames.depth : depth]:
+            if is_wavlm:  # its layers pass on a position bias
+                hidden, bias = layer(hidden, attention_mask=mask, position_bias=bias)
+            else:
+                hidden = first(layer(hidden, attention_mask=mask))
+        return frames._replace(hidden=hidden, depth=depth, position_bias=bias)
 
     def read_exit(self, exit: int, frames: Frames) -> ExitOutput:
-        """The classifier at layer `exit` on that layer's hidden states."""
+        """Classifies the frames of layer `exit` by that exit's head."""
         hidden, head = frames.hidden, self.heads[str(exit)]
         if self.backbone.config.do_stable_layer_norm:  # pre-LN: the encoder's last norm belongs to every exit
             hidden = self.backbone.encoder.layer_norm(hidden)
         # heads run in their own dtype even under autocast: half precision slows recurrence, and the losses need float32
         with torch.autocast(hidden.device.type, enabled=False):
-            logits, embedding = head(hidden.to(head.projector.weight.dtype), frames.valid)
+            logits, embedding = head(frames._replace(hidden=hidden.to(head.projector.weight.dtype)))
         return ExitOutput(exit, logits, embedding)
 
     @torch.no_grad()
     def early_exit(self, waveforms: Tensor, lengths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
         """Runs layer by layer; a clip leaves at the first exit where `should_stop` says so.
 
-        The deepest exit answers for the clips that stay to the end. Clips that have left are dropped from the batch,
-        and the rest is trimmed to the longest that stays: no layer runs unless an answer needs it.
+        The deepest exit decides for the clips that stay to the end. Clips that have left are dropped from the batch,
+        and the others are trimmed to the longest that stays: no layer runs unless some clip needs it.
 
         Args:
             waveforms, lengths: as in `forward`.
-            threshold: from 0 (all leave at the first exit) to 1 (only a probability that rounds to 1 leaves early).
+            threshold: within the range of THRESHOLDS.
         Returns:
             logits (B, C) and the exit (B,) int64 that gave them.
         Raises:
-            ValueError: as in `forward`; also in training mode, and for a threshold outside 0 to 1.
+            InputError: as in `forward`; also in training mode, and for a threshold outside the range.
         """
         self.check_early_exit(threshold)
         frames = self.embed_frames(waveforms, lengths)
-        logits = frames.hidden.new_empty(len(waveforms), len(self.labels), dtype=torch.float32)
-        active = torch.arange(len(waveforms), device=logits.device)  # the clips still in the batch
-        used = torch.empty_like(active)
-        seen = logits.new_empty(0, *logits.shape)  # of all exits so far, for stop rules that compare exits
-        for previous, k in zip([0, *self.exits], self.exits):
-            frames = self.run_layers(frames, previous, k)
-            answer = self.read_exit(k, frames).logits.float()
-            logits[active], used[active] = answer, k
-            seen = torch.cat([seen, answer[None]])
-            stay = ~should_stop(seen, threshold)  # (clips still in the batch,)
+        final_logits = frames.hidden.new_empty(len(waveforms), len(self.labels), dtype=torch.float32)
+        active = torch.arange(len(waveforms), device=final_logits.device)  # the clips still in the batch
+        exits = torch.empty_like(active)
+        logits_so_far = final_logits.new_empty(0, *final_logits.shape)  # (exits so far, B, C)
+        for k in self.exits:
+            frames = self.run_layers(frames, k)
+            logits = self.read_exit(k, frames).logits.float()
+            final_logits[active], exits[active] = logits, k
+            logits_so_far = torch.cat([logits_so_far, logits[None]])
+            stay = ~should_stop(logits_so_far, threshold)  # (clips still in the batch,)
             if not stay.any():
                 break
-            active, frames, seen = active[stay], keep_clips(frames, stay), seen[:, stay]
-        return logits, used
+            active, frames, logits_so_far = active[stay], keep_clips(frames, stay), logits_so_far[:, stay]
+        return final_logits, exits
 
-    # -- answers, smaller models, files ---------------------------------------------------------------------------
+    # -- classification, smaller models, files --------------------------------------------------------------------
 
     @torch.no_grad()
     def classify(
         self, clips, exit: int | None = None, threshold: float | str | None = None, sample_rate: int = SAMPLE_RATE
     ) -> "list[Prediction]":
-        """Classifies files or waveforms, one at a time, in evaluation mode; the model's own mode is then restored.
+        """Classifies files or waveforms, one at a time, in evaluation mode; then restores the mode of every module.
+
+        So a model in training mode must not be shared by threads; one in evaluation mode may be.
 
         Args:
             clips: a list of paths, file objects or waveforms (T,) float, of up to 60 s; or a single one.
             exit: run to this exit and no further. Default: the deepest.
-            threshold: stop at the first exit whose confidence reaches this (0 to 1); "auto": the calibrated value.
+            threshold: stop at the first exit whose top probability reaches this; "auto": the model's own threshold.
             sample_rate: of the waveforms; files carry their own.
         Raises:
-            ValueError, FileNotFoundError: naming the clip that cannot be read or is too short or long, or the argument.
+            InputError, FileNotFoundError: naming the clip that cannot be read or is too short or long, or the argument.
         """
         if exit is not None and threshold is not None:
-            raise ValueError("exit and threshold exclude each other: give one")
+            raise InputError("exit and threshold exclude each other: pass only one")
         if threshold == "auto":
             threshold = self.threshold
             if threshold is None:
-                raise ValueError('threshold "auto": this model has not been calibrated; give a number from 0 to 1')
-        exit = self.exits[-1] if exit is None else self.check_exit(exit)
-        training, device = self.training, self.backbone.device
+                raise InputError('threshold "auto": this model has no threshold; pass a number from 0 to 1')
+        if exit is None:
+            exit = self.exits[-1]
+        self.check_exit(exit)
+        modes = {module: module.training for module in self.modules()}
         self.eval()
         predictions = []
         try:
             for clip in clips if isinstance(clips, list) else [clips]:
-                waveform = read_clip(clip, self.tile_seconds, sample_rate).to(device)[None]  # (1, T)
+                waveform = read_clip(clip, self.tile_seconds, sample_rate).to(self.backbone.device)[None]  # (1, T)
                 start = time.perf_counter()
                 if threshold is None:
-                    logits, used = self(waveform, exit=exit)[0].logits, exit
+                    [output] = self(waveform, exit=exit)
+                    logits, exit_used = output.logits, exit
                 else:
-                    logits, used = self.early_exit(waveform, None, threshold)
-                probabilities = logits[0].float().softmax(-1).tolist()
+                    logits, exit_used = self.early_exit(waveform, None, threshold)
+                by_label = dict(zip(self.labels, probabilities(logits[0].float()).tolist()))
                 milliseconds = 1000 * (time.perf_counter() - start)
-                by_label = dict(zip(self.labels, probabilities))
                 label = max(by_label, key=by_label.get)
-                predictions.append(Prediction(label, by_label[label], by_label, int(used), milliseconds))
+                predictions.append(Prediction(label, by_label[label], by_label, int(exit_used), milliseconds))
         finally:
-            self.train(training)
+            for module, mode in modes.items():
+                module.training = mode
         return predictions
 
     def truncate(self, exit: int) -> "MultiExitSER":
-        """Returns a model of `exit` layers with only that exit, whose weights are copies and whose logits are equal."""
-        head = self.head_kinds[self.exits.index(self.check_exit(exit))]
-        backbone = self.backbone.config.to_dict()
-        small = MultiExitSER(self.labels, backbone, [exit], [head], self.tile_seconds)
+        """Returns a model of `exit` layers and only that exit, with copied weights and identical logits."""
+        self.check_exit(exit)
+        head = self.head_kinds[self.exits.index(exit)]
+        small = MultiExitSER(self.labels, self.backbone.config.to_dict(), [exit], [head], self.tile_seconds)
         small.to(self.backbone.device, self.backbone.dtype)
         weights = self.state_dict()
         small.load_state_dict({name: weights[name] for name in small.state_dict()})
@@ -393,7 +429,7 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         uploads all three; so does push_to_hub=True here, which passes `hub` on to it.
         """
         folder = Path(folder)
-        with file_errors(folder, "cannot be made a folder", "name another"):
+        with file_errors(folder, "cannot be made a folder", "choose another path"):
             folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "model.safetensors", safetensors.torch.save(self.state_dict(), {"format": "pt"}))
         arguments = dict(labels=self.labels, backbone=self.backbone.config.to_dict(), exits=self.exits,
@@ -409,69 +445,86 @@ class MultiExitSER(nn.Module, PyTorchModelHubMixin, **HUB):
         """Loads what `save_pretrained` wrote, from a folder or the Hub, in evaluation mode; nothing is unpickled.
 
         `hub`: arguments of `huggingface_hub.snapshot_download`, such as revision and token. Raises FileNotFoundError
-        without such a folder or Hub model, ValueError for a checkpoint that is cut short or not of its config's shapes.
+        without such a folder or Hub model, InputError for a checkpoint that is truncated or inconsistent with its
+        config.
         """
         checkpoint = folder = os.fspath(checkpoint)
+        advice = "expected what train.py and model.save_pretrained write: config.json and model.safetensors"
         if not os.path.isdir(folder):
-            advice = "give a folder written by train.py, or a Hub name"
-            with file_errors(checkpoint, "no such folder, nor a Hub model within reach", advice, FileNotFoundError):
+            with file_errors(checkpoint, "neither a folder nor a reachable Hub model", advice, FileNotFoundError):
                 folder = snapshot_download(checkpoint, allow_patterns=["config.json", "model.safetensors"], **hub)
-        with file_errors(checkpoint, "not a whole sdser checkpoint", "give a folder written by train.py"):
+        with file_errors(checkpoint, "incomplete or damaged sdser checkpoint", advice):
             saved = json.loads(Path(folder, "config.json").read_text())
-            with torch.device("meta"):  # no memory yet: a damaged config may ask for terabytes
-                names = ("labels", "backbone", "exits", "head", "tile_seconds", "threshold")
-                model = cls(**{name: saved[name] for name in names})
+            names = ("labels", "backbone", "exits", "head", "tile_seconds", "threshold")
+            arguments = {name: saved[name] for name in names}
             weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
-            # copied, because tensor alignment affects rounding
-            weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
-            model.load_state_dict(weights, assign=True)
+        try:
+            with torch.device("meta"):  # no memory yet: a damaged config may ask for terabytes
+                model = cls(**arguments)
+        except InputError as error:
+            raise InputError(f"{checkpoint}: in config.json, {error}") from error
+        check_weights(checkpoint, model.state_dict(), weights)
+        # copied, because tensor alignment affects rounding
+        weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
+        model.load_state_dict(weights, assign=True)
         return model.eval()
 
-    # -- what is refused ------------------------------------------------------------------------------------------
+    # -- argument checks ------------------------------------------------------------------------------------------
 
     @staticmethod
-    def check_arguments(labels, exits, head, tile_seconds, layers: int) -> None:
-        """Raises ValueError unless the arguments of `__init__` fit a backbone with this many layers."""
-        names = [label for label in labels if isinstance(label, str)]
-        if isinstance(labels, str) or len(labels) < 2 or len(set(names)) < len(labels):
-            raise ValueError(f"labels {labels!r}: give a list of at least two names, all different")
-        if not exits or any(a >= b for a, b in zip([0, *exits], exits)) or exits[-1] > layers:
-            raise ValueError(f"exits {exits}: they must increase, from 1 to the backbone's {layers} layers at most")
-        if len(head) != len(exits) or set(head) - set(HEADS):
-            raise ValueError(f"head {head}: give one of {', '.join(HEADS)}, or one for each of {len(exits)} exits")
+    def check_arguments(labels, exits, head, tile_seconds, threshold, layers: int) -> None:
+        """Raises InputError unless the arguments of `__init__` fit a backbone with this many layers."""
+        if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
+            raise InputError(f"labels {labels!r}: expected a list of names")
+        if len(set(labels)) < max(2, len(labels)):
+            raise InputError(f"labels {labels!r}: expected at least two names, all different")
+        if not isinstance(exits, list | tuple) or not all(isinstance(exit, int) for exit in exits):
+            raise InputError(f"exits {exits!r}: expected a list of layer numbers")
+        if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > layers:
+            raise InputError(f"exits {exits}: expected increasing numbers from 1 to at most {layers}, the last layer")
+        if len(head) != len(exits) or not all(kind in HEADS for kind in head):
+            raise InputError(f"head {head}: expected one of {', '.join(HEADS)}, or one for each of {len(exits)} exits")
         if tile_seconds is not None and not 0.025 <= tile_seconds <= MAX_SECONDS:
-            raise ValueError(f"tile_seconds {tile_seconds}: give a number from 0.025 to {MAX_SECONDS}, or None")
+            raise InputError(f"tile_seconds {tile_seconds}: expected a number from 0.025 to {MAX_SECONDS}, or None")
+        if threshold is not None and not min(THRESHOLDS) <= threshold <= max(THRESHOLDS):
+            raise InputError(f"threshold {threshold}: expected {min(THRESHOLDS)} to {max(THRESHOLDS)}, or None")
 
     @staticmethod
-    def check_batch(waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
-        """Raises ValueError unless the arguments form a batch; returns the lengths, or None if no clip is padded."""
+    def real_lengths(waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
+        """Returns the lengths, on the waveforms' device, or None if no clip is padded.
+
+        Raises InputError unless the arguments form a batch.
+        """
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
-            raise ValueError(f"waveforms must be a (B, T) float tensor, not {waveforms.dtype} {tuple(waveforms.shape)}")
+            raise InputError(
+                f"waveforms: expected a (B, T) float tensor, not {waveforms.dtype} {tuple(waveforms.shape)}"
+            )
         size = waveforms.shape[1]
         if lengths is not None and lengths.shape != waveforms.shape[:1]:
-            raise ValueError(f"lengths of shape {tuple(lengths.shape)}: give one for each of {len(waveforms)} clips")
+            raise InputError(
+                f"lengths of shape {tuple(lengths.shape)}: expected one for each of {len(waveforms)} clips"
+            )
         shortest, longest = (size, size) if lengths is None else (int(lengths.min()), int(lengths.max()))
         if shortest < MIN_SAMPLES or longest > size:
-            raise ValueError(f"lengths {shortest} to {longest}: they must be from {MIN_SAMPLES} (a frame) to {size}")
-        return None if shortest == size else lengths
+            raise InputError(f"lengths {shortest} to {longest}: expected {MIN_SAMPLES} (one frame) to {size}")
+        return None if shortest == size else lengths.to(waveforms.device)
 
     def check_early_exit(self, threshold: float) -> None:
         if self.training:  # dropout and masks would decide
-            raise ValueError("early_exit needs a model in evaluation mode: call model.eval() first")
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold {threshold}: give a probability from 0 to 1")
+            raise InputError("early_exit needs a model in evaluation mode: call model.eval() first")
+        if not min(THRESHOLDS) <= threshold <= max(THRESHOLDS):
+            raise InputError(f"threshold {threshold}: expected {min(THRESHOLDS)} to {max(THRESHOLDS)}")
 
-    def check_exit(self, exit: int) -> int:
+    def check_exit(self, exit: int) -> None:
         if exit not in self.exits:
-            raise ValueError(f"exit {exit}: the model has exits {', '.join(map(str, self.exits))}")
-        return exit
+            raise InputError(f"exit {exit}: the model has exits {', '.join(map(str, self.exits))}")
 
 
 class Prediction(NamedTuple):
     label: str
     confidence: float  # the label's probability
     probabilities: dict[str, float]  # by label
-    exit: int  # the exit that answered
+    exit: int  # the exit that decided
     milliseconds: float  # from waveform to probabilities
 
 
@@ -522,31 +575,31 @@ def keep_clips(frames: Frames, clips: Tensor) -> Frames:
         size = int(valid[clips].sum(1).max())
         hidden, valid = hidden[:, :size], valid[clips, :size]
         bias = None if bias is None else bias[:, :size, :size]
-    return Frames(hidden, valid, bias)
+    return frames._replace(hidden=hidden, valid=valid, position_bias=bias)
 
 
 def sample_time_mask(config: transformers.PretrainedConfig, hidden: Tensor, valid: Tensor | None) -> Tensor:
     """Draws SpecAugment's time mask (Park et al., 2019): (B, T) bool, true in random spans of frames.
 
-    The config's mask_time_prob is the share of frames to mask (spans may overlap, so it is a little less),
-    mask_time_length the length of a span, mask_time_min_masks the least number of spans. In short clips, spans are
-    shorter, so that the least number of them covers at most half of the clip.
+    The config's mask_time_prob is the proportion of frames to mask (spans may overlap, so it is a little less),
+    mask_time_length the length of a span, mask_time_min_masks the minimum number of spans. In short clips, spans are
+    shorter, so that the minimum number of them covers at most half of the clip.
     """
     # An example: a clip of 500 frames with wav2vec2-base's 0.05, 10 and 2. A span has min(500 // 4, 10) = 10 frames;
     # there are 0.05 * 500 / 10 = 2.5 on average, so 2 or 3; each starts at a random frame from 0 to 490. A clip of 20
     # frames gets the least number, 2, of spans of 20 // 4 = 5 frames.
     (batch, size, _), device = hidden.shape, hidden.device
     num_frames = valid.sum(1) if valid is not None else torch.full((batch,), size, device=device)  # (B,)
-    least = config.mask_time_min_masks
-    span_length = (num_frames // (2 * max(1, least))).clamp(max=config.mask_time_length)  # (B,)
+    min_spans = config.mask_time_min_masks
+    max_spans = max(min_spans, 1 + int(config.mask_time_prob * size))  # S: never exceeded, even by one-frame spans
+    span_length = (num_frames // (2 * max(1, min_spans))).clamp(max=config.mask_time_length)  # (B,)
     mean_spans = config.mask_time_prob * num_frames / span_length.clamp(min=1)  # (B,)
-    num_spans = (mean_spans + torch.rand(batch, device=device)).floor().clamp(min=least)  # (B,)
-    most = max(least, 1 + int(config.mask_time_prob * size))  # S: num_spans is never more, even of one-frame spans
-    start = (torch.rand(batch, most, device=device) * (num_frames - span_length + 1)[:, None]).long()  # (B, S)
+    num_spans = (mean_spans + torch.rand(batch, device=device)).floor().clamp(min=min_spans)  # (B,)
+    start = (torch.rand(batch, max_spans, device=device) * (num_frames - span_length + 1)[:, None]).long()  # (B, S)
     end = start + span_length[:, None]
     t = torch.arange(size, device=device)
     in_span = (t >= start[..., None]) & (t < end[..., None])  # (B, S, T)
-    is_used = torch.arange(most, device=device) < num_spans[:, None]  # (B, S)
+    is_used = torch.arange(max_spans, device=device) < num_spans[:, None]  # (B, S)
     return (in_span & is_used[..., None]).any(1)
 
 
@@ -571,38 +624,57 @@ SIZES = {
 }  # fmt: skip
 
 
+# The families of backbones: for each, what its config leaves out that is read here. do_normalize says whether the
+# backbone was trained on zero-mean, unit-variance waveforms; `transformers` keeps it elsewhere, see reads_normalized.
+FAMILIES = {
+    "wav2vec2": dict(do_normalize=True),
+    "hubert": dict(do_normalize=True),
+    "wavlm": dict(do_normalize=True),
+}
+
+
 def default_exits(backbone: str | dict, layers: int) -> list[int]:
     if backbone in ("tiny", "small"):
         return [1, 2, 4] if backbone == "tiny" else [2, 4, 6]
-    return sorted({max(1, round(layers * share)) for share in (1 / 4, 2 / 3, 5 / 6, 1)})
+    return sorted({max(1, round(layers * depth)) for depth in (1 / 4, 2 / 3, 5 / 6, 1)})
 
 
 def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
-    """The `transformers` config of a built-in size, a local folder, a Hub name, or a saved dict.
+    """Returns the `transformers` config of a built-in size, a local folder, a Hub name, or a saved dict.
 
-    Its added attribute `do_normalize` tells whether the backbone was trained on zero-mean, unit-variance waveforms.
+    It has what FAMILIES adds to it. Raises InputError if it cannot be read or is of another family.
     """
+    name = "the backbone's config" if isinstance(backbone, dict) else os.fspath(backbone)
     if isinstance(backbone, dict):
-        config, backbone = backbone, "the backbone's config"  # what messages call it
+        config = backbone
     elif backbone in SIZES:
         config = {"model_type": "wav2vec2", "activation_dropout": 0.0, **SIZES[backbone]}
     else:
-        backbone = os.fspath(backbone)
-        problem = f"not a built-in size ({', '.join(SIZES)}), a folder of transformers, or a Hub model within reach"
-        with file_errors(backbone, problem, "give one"):
-            looks_local = os.path.isabs(backbone) or "/" not in backbone
-            if looks_local and not os.path.isdir(backbone):  # probably a typo: do not ask the Hub
-                raise FileNotFoundError("no such folder")
-            config, _ = transformers.PretrainedConfig.get_config_dict(backbone)
-            if {"labels", "exits", "backbone"} <= config.keys():
-                advice = "MultiExitSER.from_pretrained(RUN).backbone.save_pretrained(FOLDER) makes a backbone of it"
-                raise ValueError(f"{backbone}: is a run of sdser; {advice}")
-            if "do_normalize" not in config:
-                config["do_normalize"] = reads_normalized(backbone)
-    if config.get("model_type") not in ("wav2vec2", "hubert", "wavlm") or config.get("conv_pos_batch_norm"):
-        raise ValueError(f"{backbone}: give a wav2vec2, hubert or wavlm without batch norm in its position convolution")
-    with file_errors(backbone, "its configuration cannot be read", "save it again"):
-        return transformers.AutoConfig.for_model(**{"do_normalize": True, **config})
+        config = read_config(name)
+    family = config.get("model_type")
+    if family not in FAMILIES or config.get("conv_pos_batch_norm"):
+        advice = f"expected {', '.join(FAMILIES)}, without batch norm in the position convolution"
+        raise InputError(f"{name}: its model_type is {family}; {advice}")
+    with file_errors(name, "its configuration cannot be read", "save it again"):
+        return transformers.AutoConfig.for_model(**{**FAMILIES[family], **config})
+
+
+def read_config(backbone: str) -> dict:
+    """Returns the config of a folder saved by `transformers` or of a Hub model; with `do_normalize`."""
+    looks_local = os.path.isabs(backbone) or "/" not in backbone  # if there is no such folder, it is probably a typo
+    sizes = ", ".join(SIZES)
+    if looks_local and not os.path.isdir(backbone):
+        raise InputError(f"{backbone}: not a built-in size ({sizes}), nor a folder, nor a Hub name")
+    if os.path.isdir(backbone) and not os.path.isfile(os.path.join(backbone, "config.json")):
+        raise InputError(f"{backbone}: holds no config.json; expected a folder saved by transformers")
+    with file_errors(backbone, "not a transformers checkpoint, or not a reachable Hub model", f"or use one of {sizes}"):
+        config, _ = transformers.PretrainedConfig.get_config_dict(backbone)
+    if {"labels", "exits", "backbone"} <= config.keys():
+        advice = "MultiExitSER.from_pretrained(RUN).backbone.save_pretrained(FOLDER) makes a backbone of it"
+        raise InputError(f"{backbone}: is an sdser run; {advice}")
+    if "do_normalize" not in config:
+        config["do_normalize"] = reads_normalized(backbone)
+    return config
 
 
 def reads_normalized(backbone: str) -> bool:
@@ -610,46 +682,59 @@ def reads_normalized(backbone: str) -> bool:
     try:
         return transformers.AutoFeatureExtractor.from_pretrained(backbone).do_normalize
     except OSError as error:
-        if isinstance(error.__context__, json.JSONDecodeError):  # it is there, but damaged
-            raise
-        message = "has no preprocessor_config.json; assuming that it was trained on normalised waveforms"
-        warnings.warn(f"{backbone}: {message} (do_normalize true)", stacklevel=2)
-        return True
+        if isinstance(error.__context__, json.JSONDecodeError):
+            raise InputError(f"{backbone}: its preprocessor_config.json is damaged; download it again") from error
+    message = "has no preprocessor_config.json; assuming that it was trained on normalised waveforms"
+    warnings.warn(f"{backbone}: {message} (do_normalize true)", stacklevel=2)
+    return True
 
 
-def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
-    """Builds the backbone with `config.num_hidden_layers` layers, in float32; pre-trained unless built-in or a dict."""
-    # An exit needs its layer, so none may be dropped; the adapter of some models sits behind the last layer, unused.
-    config.layerdrop, config.add_adapter = 0.0, False
+def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig, layers: int):
+    """Builds the backbone with its first layers, in float32; pre-trained unless built-in or a dict.
+
+    It changes the config to what is built: every exit needs its layer, so none may be dropped at random in training;
+    and the adapter of some models sits behind the last layer, unused.
+    """
+    config.num_hidden_layers, config.layerdrop, config.add_adapter = layers, 0.0, False
     if not config.apply_spec_augment:
         config.mask_time_prob = 0.0
     if isinstance(backbone, dict) or backbone in SIZES:
         model = transformers.AutoModel.from_config(config, dtype=torch.float32)
     else:
-        verbosity = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()  # else it lists every layer and quantizer weight left out on purpose
-        transformers.logging.disable_progress_bar()
-        try:
-            with file_errors(backbone, "its weights cannot be loaded", "download or save it again"):
-                model, info = transformers.AutoModel.from_pretrained(
-                    backbone, config=config, dtype=torch.float32, output_loading_info=True
-                )
-        finally:
-            transformers.logging.set_verbosity(verbosity)
-            transformers.logging.enable_progress_bar()
-        model.train()  # from_pretrained leaves it in evaluation mode, from_config in training mode
-        missing = set(info["missing_keys"]) - {"masked_spec_embed"}
-        if missing:
-            raise ValueError(f"{backbone}: {len(missing)} weights are missing, {min(missing)} for one; save it again")
+        model = load_weights(os.fspath(backbone), config)
     if config.mask_time_prob == 0 and hasattr(model, "masked_spec_embed"):
         model.masked_spec_embed.requires_grad_(False)  # no loss would reach it
     return model
 
 
+def load_weights(backbone: str, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    """Loads a pre-trained backbone, in training mode; raises InputError if its weights do not fit its config."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # else it lists every layer and quantizer weight left out on purpose
+    transformers.logging.disable_progress_bar()
+    try:
+        with file_errors(backbone, "its weights cannot be loaded", "download or save it again"):
+            model, info = transformers.AutoModel.from_pretrained(
+                backbone, config=config, dtype=torch.float32, output_loading_info=True
+            )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        transformers.logging.enable_progress_bar()
+    missing = set(info["missing_keys"]) - {"masked_spec_embed"}
+    if missing:
+        raise InputError(f"{backbone}: lacks {len(missing)} weights, for example {min(missing)}; save it again")
+    return model.train()  # from_pretrained leaves it in evaluation mode, from_config in training mode
+
+
+def first(output):
+    """Returns the first of several outputs; which modules return a tuple depends on the family and the version."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 # -- audio ------------------------------------------------------------------------------------------------------------
 MAX_SECONDS = 60  # of a clip to classify: attention's memory grows with the square of the length
 MIN_SAMPLES = 400  # one frame of the convolutional encoder, 25 ms
-TOLERANCE = 0.01  # seconds by which a header may promise more audio than there is
+HEADER_SLACK = 0.01  # seconds by which a header may promise more audio than there is
 
 
 def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor:
@@ -661,20 +746,20 @@ def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor
         start, seconds: the part to read; default: from the start to the end.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not audio, cut short, empty, shorter than one frame, or with NaN or infinite samples.
+        InputError: not audio, truncated, empty, shorter than one frame, or with NaN or infinite samples.
     """
     with open_audio(file) as (name, sound):
-        rate, first = sound.samplerate, round(start * sound.samplerate)
-        size = sound.frames - first
+        rate, offset = sound.samplerate, round(start * sound.samplerate)
+        wanted = sound.frames - offset  # samples
         if seconds is not None:
-            size = min(size, round(seconds * rate))
-        skip = first
-        if sound.seekable() and sound.format != "MP3":  # libmpg123 seeks inexactly, and prints errors when it does
-            sound.seek(first)
-            skip = 0
-        samples = sound.read(skip + size, dtype="float32", always_2d=True)[skip:]  # (T, channels)
-        if size - len(samples) > TOLERANCE * rate:
-            raise ValueError(f"{name}: cut short, {len(samples)} of {size} samples are there; replace the file")
+            wanted = min(wanted, round(seconds * rate))
+        with file_errors(name, "damaged or truncated", "replace the file"):
+            if sound.seekable() and sound.format != "MP3":  # libmpg123 seeks inexactly, and prints errors when it does
+                sound.seek(offset)
+                offset = 0
+            samples = sound.read(offset + wanted, dtype="float32", always_2d=True)[offset:]  # (T, channels)
+    if wanted - len(samples) > HEADER_SLACK * rate:
+        raise InputError(f"{name}: truncated: only {len(samples)} of {wanted} samples present; replace the file")
     return to_16_khz(name, torch.from_numpy(samples.mean(axis=1)), rate)
 
 
@@ -682,64 +767,72 @@ def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor
 def open_audio(file):
     """Yields a file's name and its `soundfile.SoundFile`, once its header has been checked."""
     if hasattr(file, "read"):
-        name, file = str(getattr(file, "name", "the file object")), io.BytesIO(file.read())
+        name, file = name_of(file), io.BytesIO(file.read())
     else:
         name = file = os.fspath(file)
         if not os.path.isfile(file):
-            raise FileNotFoundError(f"{file}: is {'a folder' if os.path.isdir(file) else 'no file'}; give audio files")
+            raise FileNotFoundError(
+                f"{file}: {'a folder, not an audio file' if os.path.isdir(file) else 'no such file'}"
+            )
     with file_errors(name, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
         sound = soundfile.SoundFile(file)
-    with file_errors(name, "damaged or cut short", "replace the file"), sound:
+    with sound:
         check_header(name, sound)
         if sound.format == "MP3":
             check_mp3(name, file.getvalue() if isinstance(file, io.BytesIO) else Path(file).read_bytes())
         yield name, sound
 
 
+def name_of(file) -> str:
+    """Returns what messages call a path or a file object, whose name may be None or a number."""
+    name = getattr(file, "name", None) if hasattr(file, "read") else file
+    return os.fspath(name) if isinstance(name, str | os.PathLike) and name else "the file object"
+
+
 def check_mp3(name: str, content: bytes) -> None:
-    """Raises ValueError if an MP3 does not declare its length, which libsndfile then guesses, too short or too long."""
+    """Raises InputError if an MP3 does not declare its length, which libsndfile then guesses, too short or too long."""
     tag, start = content[:10], 0
     if tag[:3] == b"ID3":  # a tag comes first; its size is given in four times 7 bits
         start = 10 + (tag[6] << 21) + (tag[7] << 14) + (tag[8] << 7) + tag[9]
     if not any(mark in content[start : start + 200] for mark in (b"Xing", b"Info", b"VBRI")):
-        raise ValueError(f"{name}: an MP3 that does not declare its length; convert it: ffmpeg -i IN OUT.wav")
+        raise InputError(f"{name}: an MP3 that does not declare its length; convert it: ffmpeg -i IN OUT.wav")
 
 
 def check_header(name: str, sound: soundfile.SoundFile) -> None:
-    """Raises ValueError if the file is incomplete, which libsndfile reports only in its log."""
+    """Raises InputError if the file is incomplete, which libsndfile reports only in its log."""
     if sound.frames == 0:
-        raise ValueError(f"{name}: declares no audio; ffmpeg -ignore_length 1 -i IN OUT.wav may repair it")
+        raise InputError(f"{name}: declares no audio; ffmpeg -ignore_length 1 -i IN OUT.wav may repair it")
     check_size(name, sound.frames, sound.samplerate)
     cut = re.search(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
     if cut:
         promised, present = int(cut[1]), int(cut[2])  # bytes of audio: what the header claims, what is there
         missing = sound.frames / sound.samplerate * (promised / present - 1)  # seconds
         # Some recorders count the header as audio; programs that write into a pipe declare 2 GiB or more: "unknown".
-        if missing > TOLERANCE and promised < 0x7FFFF000:
-            raise ValueError(f"{name}: cut short, {present} of {promised} bytes of audio are there; replace the file")
+        if missing > HEADER_SLACK and promised < 0x7FFFF000:
+            raise InputError(f"{name}: truncated: only {present} of {promised} bytes present; replace the file")
     if re.search("end-of-stream|after the last page", sound.extra_info, re.IGNORECASE):  # of an Ogg
-        raise ValueError(f"{name}: cut short, its end is missing; replace the file")
+        raise InputError(f"{name}: truncated: its end is missing; replace the file")
 
 
 def check_size(name, samples: int, rate: int) -> None:
-    """Raises ValueError for a rate that no device has, or for fewer samples than one frame."""
+    """Raises InputError for a rate that no device has, or for fewer samples than one frame."""
     if not 1000 <= rate <= 1_000_000:  # resampling would take gigabytes
-        raise ValueError(f"{name}: a sample rate of {rate} Hz, outside 1 kHz to 1 MHz, cannot be right")
-    if samples * SAMPLE_RATE < MIN_SAMPLES * rate:
-        raise ValueError(f"{name}: {samples / rate:.4f} s are shorter than one frame, {MIN_SAMPLES / SAMPLE_RATE} s")
+        raise InputError(f"{name}: a sample rate of {rate} Hz, outside 1 kHz to 1 MHz, cannot be right")
+    if samples / rate < MIN_SAMPLES / SAMPLE_RATE:
+        raise InputError(f"{name}: {samples / rate:.4f} s are shorter than one frame, {MIN_SAMPLES / SAMPLE_RATE} s")
 
 
 def to_16_khz(name, waveform: Tensor, rate: int) -> Tensor:
-    """Resamples a waveform (T,) to 16 kHz; raises ValueError if it cannot be classified, warns if it is silent."""
+    """Resamples a waveform (T,) to 16 kHz; raises InputError if it cannot be classified, warns if it is silent."""
     check_size(name, len(waveform), rate)
     if rate != SAMPLE_RATE:
-        advice = "install a pair that works, torch==2.11.0 torchaudio==2.11.0, or convert the file to 16 kHz"
+        advice = "pip install torchaudio, or convert the file to 16 kHz"
         with file_errors(name, f"resampling from {rate} Hz needs torchaudio", advice):
             import torchaudio  # here, so that nothing else needs it
         # The filter grows with rate / gcd(rate, 16000): odd rates, such as 11127 Hz, become a multiple of 25 Hz.
         waveform = torchaudio.functional.resample(waveform, max(25, 25 * round(rate / 25)), SAMPLE_RATE)
     if not waveform.isfinite().all():
-        raise ValueError(f"{name}: holds NaN or infinite samples; write it again from its source")
+        raise InputError(f"{name}: holds NaN or infinite samples; re-export it")
     if not waveform.any():
         warnings.warn(f"{name}: digital silence; its prediction means nothing", stacklevel=2)
     return waveform
@@ -748,16 +841,15 @@ def to_16_khz(name, waveform: Tensor, rate: int) -> Tensor:
 def read_clip(clip, tile_seconds: float | None = None, sample_rate: int = SAMPLE_RATE) -> Tensor:
     """Reads a path, a file object or a 1-D float array of at most 60 s; returns the waveform (T,), float32, 16 kHz."""
     if isinstance(clip, str | os.PathLike) or hasattr(clip, "read"):
-        name = getattr(clip, "name", "the file object") if hasattr(clip, "read") else clip
-        waveform = load_audio(clip, seconds=MAX_SECONDS + 1)
+        name, waveform = name_of(clip), load_audio(clip, seconds=MAX_SECONDS + 1)
     elif getattr(clip, "ndim", None) == 1 and torch.as_tensor(clip).is_floating_point():
         name = "the waveform"
         waveform = to_16_khz(name, torch.as_tensor(clip).float(), sample_rate)
     else:
         shape = f" {clip.dtype} of shape {tuple(clip.shape)}" if hasattr(clip, "dtype") else ""
-        raise ValueError(f"{type(clip).__name__}{shape}: pass paths, file objects or 1-D arrays of floats, or a list")
+        raise InputError(f"{type(clip).__name__}{shape}: pass paths, file objects or 1-D arrays of floats, or a list")
     if len(waveform) > MAX_SECONDS * SAMPLE_RATE:
-        raise ValueError(f"{name}: longer than the limit of {MAX_SECONDS} s; cut it into windows (see the README)")
+        raise InputError(f"{name}: longer than the limit of {MAX_SECONDS} s; cut it into windows (see the README)")
     return waveform if tile_seconds is None else tile(waveform, tile_seconds)
 
 
@@ -767,23 +859,32 @@ def tile(waveform: Tensor, seconds: float) -> Tensor:
     return waveform.repeat(math.ceil(samples / len(waveform)))[:samples]
 
 
-# -- metrics ----------------------------------------------------------------------------------------------------------
-
-
 # -- files: every error is one sentence that names the file -----------------------------------------------------------
-@contextlib.contextmanager
-def file_errors(path, problem: str, advice: str, kind: type[Exception] = ValueError):
-    """Turns whatever a library raises about a file into `kind`, "PATH: PROBLEM (what the library says); ADVICE".
+class InputError(ValueError):
+    """What a user gave cannot be used; the message is one sentence that names it and says what would be right."""
 
-    Errors that already begin with the file's name pass unchanged.
+
+@contextlib.contextmanager
+def file_errors(path, problem: str, advice: str, kind: type[Exception] = InputError):
+    """Turns whatever a library raises while it reads or writes a file into "PATH: PROBLEM (REASON); ADVICE".
+
+    Wrap only calls of libraries: a fault in our own code must show its traceback.
     """
     try:
         yield
     except Exception as error:
-        if str(error).startswith(f"{path}: "):
-            raise
         reason = (getattr(error, "strerror", None) or str(error)).strip().partition("\n")[0].rstrip(".:")
         raise kind(f"{path}: {problem} ({reason}); {advice}") from error
+
+
+def check_weights(path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Raises InputError, with the first names that differ, unless weights have the names and shapes expected."""
+    shapes, expected_shapes = ({name: list(weight.shape) for name, weight in x.items()} for x in (found, expected))
+    differ = [name for name in {**expected, **found} if shapes.get(name) != expected_shapes.get(name)]
+    if differ:
+        details = ", ".join(f"{name} is {shapes.get(name, 'missing')}, not {expected_shapes.get(name, 'expected')}"
+                            for name in differ[:3])  # fmt: skip
+        raise InputError(f"{path}: {len(differ)} weights do not fit the config: {details}")
 
 
 def replace_file(path, content: bytes | str) -> None:
@@ -792,7 +893,7 @@ def replace_file(path, content: bytes | str) -> None:
     Symlinks are kept; special files such as /dev/stdout are written to directly.
     """
     content = content.encode() if isinstance(content, str) else content
-    with file_errors(path, "cannot be written", "make room, or name another place"):
+    with file_errors(path, "cannot be written", "free some space or choose another path"):
         if os.path.exists(path) and not os.path.isfile(path):
             Path(path).write_bytes(content)
             return

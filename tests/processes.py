@@ -59,17 +59,12 @@ def run_until(calls: int, flags, log) -> None:
 def run_as(rank: int, port: int, *args) -> None:
     """`run` as one of two processes, as torchrun would start it."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    evaluate.RANK, evaluate.WORLD = rank, 2
+    evaluate.RANK, evaluate.WORLD = train.RANK, train.WORLD = rank, 2
     run(*args)
 
 
 def step_plainly() -> None:
     """Steps of SGD, as AdamW makes full steps of mere rounding; each epoch tells what dropout would be drawn from."""
     train_epoch = train.train_epoch
-
-    def told(*args):
-        print("seed", torch.initial_seed(), file=sys.stderr)
-        return train_epoch(*args)
-
-    train.train_epoch = told
+    train.train_epoch = lambda *args: print("seed", torch.initial_seed(), file=sys.stderr) or train_epoch(*args)
     torch.optim.AdamW = lambda groups, weight_decay: torch.optim.SGD(groups)

@@ -17,17 +17,15 @@ def tone(rate=16_000):  # one second of 440 Hz
     return 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
 
 
-FORMATS = {
-    "wav": {}, "flac": {}, "aiff": {}, "mp3": {}, "ogg": dict(format="OGG", subtype="VORBIS"),
-    "opus": dict(format="OGG", subtype="OPUS"),
-}  # fmt: skip
+FORMATS = {"wav": {}, "flac": {}, "aiff": {}, "mp3": {}}
+FORMATS |= {"ogg": dict(format="OGG", subtype="VORBIS"), "opus": dict(format="OGG", subtype="OPUS")}
 
 
 @pytest.mark.parametrize("ending", FORMATS)
 def test_formats(wav, ending, capfd, little_memory):
     """Each is read whole, as libsndfile alone does, and refused once its end is cut off; a damaged one may be both."""
     path = wav(tone(), f"clip.{ending}", **FORMATS[ending])
-    assert evaluate.look_at([evaluate.Clip(str(path), "joy", None)])[0].seconds == 1.0
+    assert evaluate.inspect_clips([evaluate.Clip(str(path), "joy", None)])[0].seconds == 1.0
     waveform, content = sdser.load_audio(path), path.read_bytes()
     assert waveform.dtype == torch.float32 and waveform.shape == (16_000,)
     torch.testing.assert_close(waveform, torch.from_numpy(soundfile.read(path, dtype="float32")[0]), atol=1e-6, rtol=0)
@@ -84,7 +82,7 @@ def test_unusable_samples_and_rates_that_no_device_has_are_refused(wav, samples,
     path = wav(samples.astype(np.float32), rate=rate, subtype="FLOAT")
     refuses(str(path), sdser.load_audio, path)
     if np.isfinite(samples).all():
-        refuses(str(path), evaluate.look_at, [evaluate.Clip(str(path), "joy", None, "train")])
+        refuses(str(path), evaluate.inspect_clips, [evaluate.Clip(str(path), "joy", None, "train")])
 
 
 @resamples
@@ -96,7 +94,8 @@ def test_original_recordings_match_their_16_khz_twins(more_speech):
         ours = sdser.load_audio(original)
         twin = sdser.load_audio(twins / original.parent.name / f"{original.stem}.flac")
         clip = evaluate.Clip(str(original), "joy", None)
-        assert evaluate.look_at([clip], skip_bad=True) == evaluate.look_at([clip]), "else crops would differ"
+        by_header, decoded = (evaluate.inspect_clips([clip], skip_bad=skip_bad) for skip_bad in (False, True))
+        assert by_header == decoded, "else crops would differ"
         assert abs(len(ours) - len(twin)) <= 2
         both = torch.nn.utils.rnn.pad_sequence([ours, twin])
         assert torch.corrcoef(both.T)[0, 1] > 0.98
@@ -108,8 +107,8 @@ def test_odd_files_are_read_whole_or_refused(more_speech):
     odd = more_speech("odd")
     for name in ("gsm.wav", "ok.wav", "phone_plus44.wav"):
         whole, part = sdser.load_audio(odd / name), sdser.load_audio(odd / name, 0.5, 1.0)
-        [looked] = evaluate.look_at([evaluate.Clip(str(odd / name), "joy", None)])
-        assert len(whole) / 16_000 == pytest.approx(2.0, abs=0.01) == looked.seconds
+        [clip] = evaluate.inspect_clips([evaluate.Clip(str(odd / name), "joy", None)])
+        assert len(whole) / 16_000 == pytest.approx(2.0, abs=0.01) == clip.seconds
         with open(odd / name, "rb") as file:
             assert torch.equal(sdser.load_audio(file), whole)
         torch.testing.assert_close(part[1000:-1000], whole[9000 : 8000 + len(part) - 1000], atol=0.02, rtol=0)
@@ -132,16 +131,14 @@ def test_mp3s_that_declare_their_length_are_read_and_cut(wav, capfd):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("declared", "sound"), [
-    (32_044, True), (32_160, True), (35_200, False), (0x7FFFF000, True), (0xFFFFFFFF, True),
-])  # fmt: skip
-def test_headers_may_promise_a_few_milliseconds_or_what_programs_write_into_a_pipe(wav, declared, sound):
+@pytest.mark.parametrize("declared", [32_044, 32_160, 35_200, 0x7FFFF000, 0xFFFFFFFF])
+def test_headers_may_promise_a_few_milliseconds_or_what_programs_write_into_a_pipe(wav, declared):
     path = wav(0.1 * np.sin(np.arange(16_000)))
     content = bytearray(path.read_bytes())
     content[4:8] = content[40:44] = declared.to_bytes(4, "little")
     path.write_bytes(content)
-    assert readable(path, sdser.load_audio) == sound
-    assert not sound or len(sdser.load_audio(path)) == 16_000
+    assert readable(path, sdser.load_audio) == (declared != 35_200)
+    assert declared == 35_200 or len(sdser.load_audio(path)) == 16_000
 
 
 @resamples
@@ -166,6 +163,6 @@ def test_classify_takes_other_rates_and_no_long_clips(wav):
 def test_what_is_no_clip_is_refused(clip):
     model = build()
     for clips in (clip, [clip]):
-        with pytest.raises((ValueError, FileNotFoundError)) as refusal:
+        with pytest.raises((sdser.InputError, FileNotFoundError)) as refusal:
             model.classify(clips)
         assert "\n" not in str(refusal.value)

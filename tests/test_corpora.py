@@ -129,16 +129,15 @@ def test_splits_that_cannot_be_are_refused(clips, named):
 
 
 def test_a_label_that_dev_or_test_lacks_is_warned_of():
-    """Leave-one-speaker-out of EMO-DB: speaker 08 has no disgust. The warning names the folds that lack nothing."""
+    """Leave-one-speaker-out of EMO-DB: speaker 08 has no disgust."""
     emodb = [Clip(f"{i}{x}", x, f"{i:02}") for i in range(10) for x in "WLEAFTN" if (i, x) != (8, "E")]
     for i in range(1, 9):
         with warnings.catch_warnings(action="error"):
             evaluate.split_clips(emodb, (i, 10))
-    whole = " or ".join(f"{i}/10" for i in range(1, 9))
     for i, split in ((9, "dev"), (10, "test")):  # the speaker with the fewest clips is dealt last
-        with pytest.warns(UserWarning, match=f"{split} split lacks E.*--fold {whole}$"):
+        with pytest.warns(UserWarning, match=f"{split} .*lacks E"):
             evaluate.split_clips(emodb, (i, 10))
-    with pytest.warns(UserWarning, match="test split lacks b"):  # official splits
+    with pytest.warns(UserWarning, match="test .*lacks b"):  # official splits
         evaluate.split_clips(OWN[:-1])
 
 

@@ -30,20 +30,15 @@ def saved(folder, *args, **kwargs) -> sdser.MultiExitSER:
     return model
 
 
-def export(run, path, exit, backend="fp32") -> None:
-    flags = [run, "--export", path, "--exit", exit, "--backend", backend, "--threads", 1]
-    benchmark_edge.main(list(map(str, flags)))
+def export(run, path, exit, precision="fp32") -> None:
+    flags = f"{run} --export {path} --exit {exit} --precision {precision} --threads 1"
+    benchmark_edge.main(flags.split())
 
 
-# -- files to ship ----------------------------------------------------------------------------------------------------
+# -- exported files ---------------------------------------------------------------------------------------------------
 def run_alone(folder, clip) -> tuple[str, list, list]:
-    """What the lines of docs/edge.md print for a clip, its probabilities, and the labels that they find in the .onnx.
-
-    In a process that imports neither torch nor this project.
-    """
-    [code] = re.findall(
-        r"```python\n(.*?)```", (evaluate.DATA.parent / "docs" / "edge.md").read_text("utf-8"), re.DOTALL
-    )
+    """What the lines of docs/edge.md print, without torch and this project; the probabilities; the .onnx's labels."""
+    [code] = re.findall(r"```python\n(.*?)```", (evaluate.HERE / "docs/edge.md").read_text("utf-8"), re.DOTALL)
     code += "import sys\nassert not {'torch', 'sdser'} & set(sys.modules)\n"
     code += "print(json.dumps([probabilities.tolist(), labels]))"
     soundfile.write(folder / "clip.wav", clip.numpy(), 16_000, subtype="FLOAT")
@@ -52,29 +47,29 @@ def run_alone(folder, clip) -> tuple[str, list, list]:
 
 
 @needs_onnx
-@pytest.mark.parametrize(("backend", "head", "tolerance", "tile_seconds"), [
+@pytest.mark.parametrize(("precision", "head", "tolerance", "tile_seconds"), [
     ("fp32", "gru", 1e-5, None), ("fp16", "attention", 0.005, 0.5), ("int8", "attention", 0.05, None),
     pytest.param("fp32", "lstm", 1e-5, None, marks=pytest.mark.slow),
 ])  # fmt: skip
-def test_exported_files_stand_alone(tmp_path, backend, head, tolerance, tile_seconds):
+def test_exported_files_stand_alone(tmp_path, precision, head, tolerance, tile_seconds):
     """Also those of a model trained on tiles; they hold nothing of this machine, and nothing that runtimes refuse."""
     import onnx
 
     model, path = saved(tmp_path / "run", head=head, tile_seconds=tile_seconds), tmp_path / "model.onnx"
-    export(tmp_path / "run", path, 2, backend)
+    export(tmp_path / "run", path, 2, precision)
     assert {file.name for file in tmp_path.iterdir()} == {"run", path.name}
     for samples in (720, 3000, 20_000):
         clip = torch.randn(samples)
         line, probabilities, labels = run_alone(tmp_path, clip)
         [wanted] = model.classify(clip, exit=2)
         assert dict(zip(labels, probabilities)) == pytest.approx(wanted.probabilities, rel=0, abs=tolerance)
-        assert labels == LABELS and (backend != "fp32" or line == f"{wanted.label} ({wanted.confidence:.2f})")
+        assert labels == LABELS and (precision != "fp32" or line == f"{wanted.label} ({wanted.confidence:.2f})")
     content, graph = path.read_bytes(), onnx.load(path).graph
     assert b"site-packages" not in content and str(tmp_path).encode() not in content
     assert "IsNaN" not in {node.op_type for node in graph.node}
     halves = sum(np.prod(tensor.dims) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16)
-    assert (halves > 10_000) == (backend == "fp16")
-    if backend == "int8":  # two products of 7-bit weights and 8-bit inputs fit into 16 bits
+    assert (halves > 10_000) == (precision == "fp16")
+    if precision == "int8":  # two products of 7-bit weights and 8-bit inputs fit into 16 bits
         scales = [tensor for tensor in graph.initializer if tensor.name.endswith("_scale") and tensor.dims]
         assert max(np.prod(tensor.dims) for tensor in scales) == 256, "a scale for each channel"
         weights = [onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer]
@@ -112,20 +107,22 @@ def test_exports_are_checked_on_the_checkpoints_test_clips_or_else_on_real_speec
 
 
 def test_what_would_fail_later_is_refused_before_the_work(tmp_path, refused, monkeypatch):
-    """An .onnx that would be written without its weights, and a backend without its package."""
+    """Such as an .onnx that would be written without its weights, and a backend without its package."""
     model = saved(tmp_path)
     monkeypatch.setattr(benchmark_edge, "has_onnx", lambda: True)
-    monkeypatch.setattr(benchmark_edge, "run_apart", Mock(side_effect=ValueError("at work")))
+    monkeypatch.setattr(benchmark_edge, "run_apart", Mock(side_effect=sdser.InputError("at work")))
     for spare, said in ((0, "at work"), (-1, "GiB")):
         monkeypatch.setattr(benchmark_edge, "LARGEST_ONNX", 4 * evaluate.count_parameters(model, [4]) + spare)
         assert said in refused(benchmark_edge, tmp_path, "--exits", 2, 4, "--backends", "torch", "onnxruntime")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install openvino" in refused(benchmark_edge, "no-checkpoint", "--backends", "openvino")
+    for flag in ("--json=a.json", "--plot=a.png", "--budget-ms=80"):  # an export measures nothing
+        assert flag.partition("=")[0] in refused(benchmark_edge, tmp_path, "--export", tmp_path / "a.onnx", flag)
 
 
 @pytest.mark.parametrize("flags", [
-    ["--backend", "int8", "--export", "model"], ["--backend", "transformers", "--export", "model.onnx"],
-    ["--backend", "bf16", "--export", "small"], ["--export", "model.pt2"], ["--export", "model.onnx"],
+    ["--precision", "int8", "--export", "model"], ["--precision", "transformers", "--export", "model.onnx"],
+    ["--precision", "bf16", "--export", "small"], ["--export", "model.pt2"], ["--export", "model.onnx"],
     ["--export", f"{__file__}/a.onnx"], ["--json", "/nonexistent/a.json"], ["--plot", "/nonexistent/a.png"],
 ])  # fmt: skip
 def test_what_cannot_be_written_is_refused_before_any_work(tmp_path, refused, monkeypatch, flags):
@@ -161,30 +158,24 @@ def test_benchmark_of_a_checkpoint(tmp_path):
 @pytest.mark.parametrize(("flags", "heads"), [("", ["attention", "mean"]), ("--head gru", ["gru", "mean"])])
 def test_medians_tails_and_heads(tmp_path, monkeypatch, flags, heads):
     """p50 and p95 of made-up times; a built-in shape gets attention heads, as `fast` trains, or those asked for."""
-    times, answer = {("torch", 0.1): list(range(1, 101))}, Mock(side_effect=benchmark_edge.answer)
+    times, exact = {("torch", 0.1): list(range(1, 101))}, Mock(wraps=benchmark_edge.exact_probabilities)
     monkeypatch.setattr(benchmark_edge, "measure", Mock(return_value=times))
-    monkeypatch.setattr(benchmark_edge, "answer", answer)
+    monkeypatch.setattr(benchmark_edge, "exact_probabilities", exact)
     monkeypatch.setattr(benchmark_edge, "run_apart", exec)  # in this process, which is faster
     monkeypatch.setattr(benchmark_edge, "peak_megabytes", Mock(return_value=None))  # as where the system does not tell
     flags += " --backbone tiny --exits 1 2 --seconds 0.1 --threads 1 --backends torch --json"
     benchmark_edge.main([*flags.split(), str(tmp_path / "a.json")])
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [(row["exit"], row["p50_ms"], row["p95_ms"]) for row in rows] == [(1, 50.5, 95.05), (2, 50.5, 95.05)]
-    assert answer.call_args.args[0].head_kinds == heads
+    assert exact.call_args.args[0].head_kinds == heads
 
 
 @needs_onnx
-@pytest.mark.parametrize("threads", [1, 3])
-def test_an_onnx_runs_on_as_many_threads_as_asked_for(monkeypatch, threads):
-    session = Mock()
-    monkeypatch.setattr("onnxruntime.InferenceSession", session)
-    benchmark_edge.load_onnxruntime("a.onnx", threads)
-    assert session.call_args.args[1].intra_op_num_threads == threads
-
-
-@pytest.mark.parametrize("flags", [["--json", "a.json"], ["--plot", "a.png"], ["--budget-ms", "80"]])
-def test_export_measures_nothing(tmp_path, refused, flags):
-    assert flags[0] in refused(benchmark_edge, tmp_path, "--export", tmp_path / "a.onnx", *flags)
+def test_an_onnx_runs_on_as_many_threads_as_asked_for(monkeypatch):
+    monkeypatch.setattr("onnxruntime.InferenceSession", session := Mock())
+    for threads in (1, 3):
+        benchmark_edge.load_onnxruntime("a.onnx", threads)
+        assert session.call_args.args[1].intra_op_num_threads == threads
 
 
 @pytest.mark.parametrize(("end", "said"), [("raise ValueError('no room')", "no room"), ("os._exit(9)", "status 9")])

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import LABELS, build, fit, read_run, refuses, write
+from conftest import LABELS, build, fit, lowest_threshold, read_run, uar, write
 
+import benchmark_edge
 import evaluate
 import sdser
 
@@ -29,7 +30,7 @@ def trained(corpus, tmp_path_factory):
 
 @pytest.fixture
 def runs(trained, tmp_path, monkeypatch):
-    """Two folds of a run, and another of the first fold; a copy for each test, since evaluation writes into them."""
+    """Two folds of a run, and another of the first fold; a copy for each test, since some change them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(evaluate, "DRAWS", 200)  # so that it takes less time
     return shutil.copytree(trained, tmp_path / "runs")
@@ -41,11 +42,11 @@ def call(*flags) -> dict:
     return json.loads(Path("results.json").read_text())
 
 
-def uar(scored: evaluate.Scored, answers: torch.Tensor) -> float:
-    return evaluate.unweighted_average_recall(scored.targets, answers, len(scored.model.labels))
+def set_threshold(run, threshold: float | None) -> None:
+    config = json.loads((run / "config.json").read_text())
+    write(run / "config.json", json.dumps({**config, "threshold": threshold}))
 
 
-# -- cost -------------------------------------------------------------------------------------------------------------
 def test_costs_of_every_layout_and_head(layout):
     model = build(layout, exits=[1, 2, 3, 4], head=["gru", "lstm", "attention", "mean"])
     d, t, inner = 32, 99, 64  # width, frames of 2 s, width within a layer
@@ -67,25 +68,25 @@ def test_costs_of_every_layout_and_head(layout):
 
 
 # -- intervals --------------------------------------------------------------------------------------------------------
-def made_up(wrong: float) -> evaluate.Scored:
+def made_up(wrong: float) -> evaluate.Pool:
     """20 clips of each of 12 speakers, and answers of which a share is wrong."""
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 3, 240)
     answers = np.where(rng.random(240) < wrong, (targets + 1) % 3, targets)
     clips = [evaluate.Clip(f"{i}.wav", LABELS[target], f"s{i // 20}", "test") for i, target in enumerate(targets)]
     logits = torch.nn.functional.one_hot(torch.tensor(answers), 3).float().expand(3, -1, -1)
-    return evaluate.Scored(build(), clips, torch.zeros(len(clips), dtype=int), logits)
+    return evaluate.Pool(build(), clips, torch.zeros(len(clips), dtype=int), logits, [None])
 
 
 def test_bootstrap_draws_speakers_with_all_their_clips():
     scored = made_up(wrong=0.3)
-    targets, answers = scored.targets, scored.logits[0].argmax(-1)
-    assert set(scored.units) == {f"s{i}" for i in range(12)}
-    draws = evaluate.bootstrap(targets, scored.logits[:1], scored.units)[0]
-    rng, names, expected = np.random.default_rng(1), np.unique(scored.units), []
+    targets, logits, units = scored.targets, scored.logits[0], np.array(scored.units)
+    assert set(units) == {f"s{i}" for i in range(12)}
+    draws = evaluate.bootstrap(targets, logits[None], units)[0]
+    rng, names, expected = np.random.default_rng(1), np.unique(units), []
     for _ in range(1000):  # the plain way: draw speakers, put their clips together, score them
-        clips = np.concatenate([np.flatnonzero(scored.units == name) for name in rng.choice(names, len(names))])
-        expected.append(evaluate.unweighted_average_recall(targets[clips], answers[clips], 3))
+        clips = np.concatenate([np.flatnonzero(units == name) for name in rng.choice(names, len(names))])
+        expected.append(uar(targets[clips], logits[clips]))
     assert draws.mean() == pytest.approx(np.mean(expected), abs=0.005)
     assert np.percentile(draws, [2.5, 97.5]) == pytest.approx(np.percentile(expected, [2.5, 97.5]), abs=0.015)
     # by hand: a mean over the classes that are drawn; class 2 has one speaker, class 3 none; one speaker has no width
@@ -99,7 +100,7 @@ def test_comparison_is_paired():
     good, bad = made_up(wrong=0.1), made_up(wrong=0.5)
     rows = evaluate.compare(good, bad)
     assert [row["exit"] for row in rows] == [1, 2, 4, "fusion"]
-    ours, theirs = (uar(run, run.logits[0].argmax(-1)) for run in (good, bad))
+    ours, theirs = (uar(pool.targets, pool.logits[0]) for pool in (good, bad))
     for row in rows:
         assert row["difference"] == pytest.approx(ours - theirs)
         assert 0 < row["ci95"][0] < row["difference"] < row["ci95"][1]
@@ -113,32 +114,36 @@ def test_early_exit_and_fusion_by_hand():
     assert evaluate.exit_index(logits, torch.tensor([0.9, 0.0, 0.9, 0.0])).tolist() == [0, 0, 2, 0]
     assert evaluate.exit_index(logits, logits[0, 0].softmax(-1).max().item())[0] == 0  # just reached
     assert evaluate.early_logits(logits, 0.9).argmax(-1).tolist() == [0, 1, 2, 0]
-    rows = {exit: row.argmax(-1).tolist() for exit, row in evaluate.answers([1, 2, 4], logits).items()}
+    rows = {exit: row.argmax(-1).tolist() for exit, row in evaluate.logits_by_row([1, 2, 4], logits).items()}
     assert rows[4] == [0, 0, 2, 0] and rows["fusion"] == [0, 1, 0, 0]  # of exits 1 and 2
     # exit 1 is certain and wrong, even at a confidence of 1, where the deepest exit is right
     targets, logits = torch.tensor([1]), torch.tensor([[[200.0, 0.0]], [[0.0, 1.0]]])
-    assert evaluate.lowest_threshold(targets, logits, 1.0) == 0.0
-    refuses("tolerance", evaluate.lowest_threshold, targets, logits, 0.5)
+    assert evaluate.choose_threshold(targets, logits, 1.0) == 0.0
+    assert evaluate.choose_threshold(targets, logits, 0.5) is None
 
 
 @pytest.mark.parametrize("tolerance", [0, 0.05, 1])
-def test_calibration_takes_the_lowest_threshold_within_tolerance(runs, tolerance):
+def test_tolerance_chooses_each_runs_lowest_threshold_anew_on_dev(runs, tolerance, monkeypatch, refused):
+    """The clips' logits are made up, so that the thresholds of runs, splits and tolerances differ."""
+    torch.manual_seed(234)
     folds = [str(runs / "fold1"), str(runs / "fold2")]
+    made_up = {clip.path: 2 * torch.randn(3, 2) for clip in evaluate.load_corpus(runs / "fold1" / "split.csv")}
+    answers = Mock(side_effect=lambda _, clips: torch.stack([made_up[clip.path] for clip in clips], 1))
+    monkeypatch.setattr(evaluate, "predict", answers)
     for fold, threshold in zip(folds, call(*folds, "--tolerance", tolerance)["thresholds"], strict=True):
-        dev = evaluate.load_and_score([fold], "dev", None, "cpu")
-        enough = uar(dev, dev.logits[-1].argmax(-1)) - tolerance
-        steps = [step / 100 for step in range(101)]
-        within = [step for step in steps if uar(dev, evaluate.early_logits(dev.logits, step).argmax(-1)) >= enough]
-        assert threshold == within[0] == sdser.MultiExitSER.from_pretrained(fold).threshold
-        assert {clip.split for clip in dev.clips} == {"dev"}
+        dev = [clip for clip in evaluate.load_corpus(f"{fold}/split.csv") if clip.split == "dev"]
+        targets = evaluate.targets_of(dev, ["anger", "sadness"])
+        assert threshold == lowest_threshold(targets, answers(None, dev), tolerance)
+    monkeypatch.setattr(evaluate, "choose_threshold", Mock(return_value=None))  # none is within
+    assert folds[0] in refused(evaluate, *folds, "--tolerance", tolerance)
 
 
-def test_early_exits_row_is_what_the_model_does(runs, monkeypatch):
-    scored = evaluate.load_and_score([str(runs / "fold1")], "test", None, "cpu")
+def test_early_exits_row_is_what_the_model_does(runs):
+    scored = evaluate.score_runs([str(runs / "fold1")], "test", None, "cpu")
     certain = np.sort(scored.logits[0].softmax(-1).amax(-1).numpy())
     threshold = float(certain[5:7].mean())  # half of the 12 clips leave at exit 1
-    monkeypatch.setattr(evaluate, "THRESHOLDS", [threshold])
-    results = call(runs / "fold1", "--tolerance", "1")
+    set_threshold(runs / "fold1", threshold)
+    results = call(runs / "fold1")
     model, right, left = sdser.MultiExitSER.from_pretrained(runs / "fold1"), 0, []
     for clip in scored.clips:
         logits, exit = model.early_exit(sdser.load_audio(clip.path)[None], None, threshold)
@@ -149,7 +154,8 @@ def test_early_exits_row_is_what_the_model_does(runs, monkeypatch):
     row = results["rows"][-1]
     assert row["exit"] == "early exit" and results["thresholds"] == [model.threshold] == [threshold]
     assert row["accuracy"] == right / 12 and row["layers"] == results["mean_layers"] == np.mean(left)
-    assert results["exit_share"] == {str(k): left.count(k) / 12 for k in (1, 2, 4)} and left.count(1) == 6
+    assert results["exit_share"] == pytest.approx({str(k): left.count(k) / 12 for k in (1, 2, 4)})
+    assert left.count(1) == 6
     assert row["macs_per_second"] == pytest.approx(np.mean(macs) / seconds)
 
 
@@ -176,7 +182,7 @@ def test_scores_equal_the_training_runs_and_folds_are_pooled(runs, monkeypatch, 
         assert np.array_equal(row["confusion"], np.add(first["confusion"], second["confusion"]))
         right = [clip["answers"][str(row["exit"])] == clip["label"] for clip in pooled["predictions"]]
         assert np.mean(right) == pytest.approx(row["accuracy"])
-    monkeypatch.setattr(evaluate, "calibrate", lambda *_: [0.0, 1.0])  # each fold stops at its own threshold
+    set_threshold(folds[0], 0.0), set_threshold(folds[1], 1.0)  # each fold stops at its own
     monkeypatch.setattr(evaluate, "report", Mock(side_effect=BrokenPipeError(32, "Broken pipe")))
     refused(evaluate, *folds, "--json", "own.json")
     assert json.loads(Path("own.json").read_text())["exit_share"] == {"1": 0.5, "2": 0, "4": 0.5}
@@ -194,7 +200,7 @@ def test_against_and_plots(runs, monkeypatch, refused):
         assert str(run) in refused(evaluate, one, run)
     assert [row["exit"] for row in call(one, other, "--against", one)["against"]] == [1, 2, 4, "fusion"]
     for ours, theirs in (([one], [two]), ([one, two, other], [one, two])):  # other clips, or not as often
-        assert "equally often" in refused(evaluate, *ours, "--against", *theirs)
+        assert "--against" in refused(evaluate, *ours, "--against", *theirs)
     [row] = call(one, "--against", alone, *PLOT)["against"]
     assert (row["exit"], row["difference"], row["ci95"]) == (2, 0, [0, 0]), "an exit equals the same exit cut out"
     if PLOT:
@@ -209,11 +215,15 @@ def test_another_corpus(runs, refused):
     for i, label in enumerate(["anger", "sadness"] * 3):
         soundfile.write(f"{i}.wav", rng.normal(size=8000), 16_000)
         text += f"\n{i}.wav,{label}"
-    results = call(runs / "fold1", "--data", write("new.csv", text), "--against", runs / "other")
+    set_threshold(runs / "fold1", 0.0), set_threshold(runs / "fold2", 1.0)  # also here, each run stops at its own
+    results = call(runs / "fold1", runs / "fold2", "--data", write("new.csv", text))
+    assert results["thresholds"] == [0, 1] and results["exit_share"] == {"1": 0.5, "2": 0, "4": 0.5}
+    results = call(runs / "fold1", "--data", "new.csv", "--against", runs / "other")
     assert (results["split"], results["clips"], results["speakers"]) == ("all", 6, None)
-    assert len(set(evaluate.Scored(None, evaluate.load_corpus("new.csv"), None, None).units)) == 6  # clips are drawn
+    pool = evaluate.Pool(None, evaluate.load_corpus("new.csv"), None, None, [])
+    assert len(set(pool.units)) == 6  # clips are drawn
     write("new.csv", text.replace("4.wav,anger", "4.wav,joy"))
-    with pytest.warns(UserWarning, match=r"new\.csv: left out 1 of 6 clips.*joy"):  # the rest is scored
+    with pytest.warns(UserWarning, match=r"new\.csv: .*joy"):  # the rest is scored
         results = call(runs / "fold1", "--data", "new.csv")
     assert results["clips"] == 5 and results["labels"] == ["anger", "sadness"]
     write("new.csv", "path,label\n0.wav,grief\n")
@@ -221,18 +231,15 @@ def test_another_corpus(runs, refused):
 
 
 def test_training_clips_are_not_scored(runs, corpus, tmp_path, refused):
-    """What looks like the run's own corpus is refused, wherever it lies, and on whichever system split.csv was written.
-
-    A third of the names and labels may be the same by chance, and a column of splits says that it is another corpus.
-    """
+    """What looks like the run's own corpus is refused, wherever it lies, whichever system has written split.csv."""
     run, (header, *rows) = runs / "fold1", corpus.read_text().splitlines()
     moved = write(tmp_path / "moved.csv", corpus.read_text().replace(".wav", ".WAV"))
     split = (run / "split.csv").read_text()
     for text in (split.replace("/", "\\").replace("\\tmp", "C:\\tmp"), split):
         write(run / "split.csv", text)
         for source in (corpus, moved):
-            assert f"{source}: " in refused(evaluate, run, "--data", source)
-    for own in (6, 7):
+            assert str(source) in refused(evaluate, run, "--data", source)
+    for own in (6, 7):  # a third may be the same by chance; a column of splits says that it is another corpus
         lines = [*rows[:own], *(row.replace("-", "_", 1) for row in rows[-12:])]
         for line in lines:
             shutil.copy(corpus.parent / "0-anger-0.wav", tmp_path / line.partition(",")[0])
@@ -246,37 +253,51 @@ def test_training_clips_are_not_scored(runs, corpus, tmp_path, refused):
 
 def test_audio(runs, corpus, refused):
     run, clips = runs / "fold1", [clip.path for clip in evaluate.load_corpus(corpus)][:2]
+    set_threshold(run, None)
     assert "gone.wav" in refused(evaluate, run, "--audio", clips[0], "gone.wav", clips[1], "--json", "a.json")
     model = sdser.MultiExitSER.from_pretrained(run)
     for path, row, wanted in zip(clips, json.loads(Path("a.json").read_text()), model.classify(clips), strict=True):
         assert (row["path"], row["label"], row["exit"]) == (path, wanted.label, 4)
         assert row["probabilities"] == pytest.approx(wanted.probabilities, abs=1e-6)
-    model.threshold = 0.0
-    model.save_pretrained(run)
+    set_threshold(run, 0.0)
     for flags, exit in ([], 1), (["--threshold", "1"], 4), (["--exit", "2"], 2):
         with pytest.raises(SystemExit) as end:
             call(run, "--audio", clips[0], *flags)
         assert end.value.code == 0 and json.loads(Path("results.json").read_text())[0]["exit"] == exit
 
 
-def test_one_speaker_has_no_interval_and_without_dev_clips_there_is_no_early_exit(runs, capsys):
+def test_one_speaker_has_no_interval_and_without_a_threshold_there_is_no_early_exit(runs, capsys):
     """As every fold of IEMOCAP, when it is not pooled with others; and as after --final."""
     for name in ("fold1", "other"):
-        rows = (runs / name / "split.csv").read_text().replace(",dev", ",train").splitlines()
+        rows = (runs / name / "split.csv").read_text().splitlines()
         speaker = next(row for row in rows if row.endswith("test")).split(",")[2]
         kept = [row for row in rows if not row.endswith("test") or f",{speaker}," in row]
         write(runs / name / "split.csv", "\n".join(kept))
-    with pytest.warns(UserWarning, match="early exit is not calibrated"):
-        results = call(runs / "fold1", "--against", runs / "other", *PLOT)
-    assert [row["exit"] for row in results["rows"]] == [1, 2, 4, "fusion"] and results["thresholds"] == []
-    assert sdser.MultiExitSER.from_pretrained(runs / "fold1").threshold is None
+    set_threshold(runs / "fold1", None)
+    results = call(runs / "fold1", "--against", runs / "other", *PLOT)
+    assert [row["exit"] for row in results["rows"]] == [1, 2, 4, "fusion"] and results["thresholds"] == [None]
+    assert len(call(runs / "fold1", runs / "fold2")["rows"]) == 4, "one of them has none"
     assert results["speakers"] == 1 and all(row["uar_ci95"] is None for row in results["rows"])
     assert all(row["ci95"] is None for row in results["against"])
     printed = capsys.readouterr().out
     assert printed.count("  -  ") >= len(results["rows"]) and printed.count("one speaker") == 1
 
 
+def test_a_checkpoint_is_only_read(runs, corpus, capsys):
+    """Its config is spelled otherwise than `save_pretrained` would, so that even the same values show."""
+    set_threshold(runs / "fold1", 0.97)
+    clip, before = corpus.parent / "0-anger-0.wav", {path: path.read_bytes() for path in runs.rglob("*.*")}
+    call(runs / "fold1", "--against", runs / "other")
+    assert "config.json" not in capsys.readouterr().out
+    call(runs / "fold1", runs / "fold2", "--tolerance", 0.05)
+    assert "config.json" in capsys.readouterr().out, "it says where the threshold could be kept"
+    with pytest.raises(SystemExit):
+        call(runs / "fold1", "--audio", clip)
+    benchmark_edge.main([str(runs / "fold1"), "--export", "exit", "--exit", "2"])
+    assert set(runs.rglob("*.*")) == before.keys() and len(before) == 21
+    assert [path for path, content in before.items() if path.read_bytes() != content] == []
+
+
 @pytest.mark.parametrize("flags", [["--json", "/nonexistent/a.json"], ["--plot", f"{__file__}/a"], ["--device", "fax"]])
 def test_what_is_refused_before_any_work(refused, flags):
-    """Even before the checkpoint, which is not there."""
-    assert flags[1] in refused(evaluate, "no-checkpoint", *flags)
+    assert flags[1] in refused(evaluate, "no-checkpoint", *flags)  # even before the checkpoint, which is not there

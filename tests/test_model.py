@@ -31,7 +31,6 @@ def count_layers(model) -> list[tuple[int, int, int]]:
     return calls
 
 
-# -- exact masking ------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("head", sdser.HEADS)
 def test_padding_changes_nothing(layout, head):
     """In float64, so that rounding cannot be taken for a leak, nor hide one."""
@@ -56,7 +55,7 @@ def test_exit_is_the_transformers_model_of_that_many_layers(layout, do_normalize
     inputs = extractor(waveform[0].numpy(), sampling_rate=16_000, return_tensors="pt").input_values
     seen = []  # by each exit
     for head in model.heads.values():
-        head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        head.register_forward_pre_hook(lambda _, args: seen.append(args[0].hidden))
     everything, calls = model(waveform), count_layers(model)
     weights = model.backbone.state_dict()
     for k, hidden, expected in zip(model.exits, seen[:], everything):
@@ -83,7 +82,7 @@ def test_gru_head_is_the_papers():
         state = cell(hidden[:, t], state)
         states.append(torch.selu(head.norm(state)))
     expected = torch.stack(states).mean(0)
-    logits, embedding = head(hidden)
+    logits, embedding = head(sdser.Frames(hidden))
     assert_close(embedding, expected)
     assert_close(logits, head.classifier(head.projector(expected)))
 
@@ -100,27 +99,26 @@ def test_base_is_wav2vec2_base_and_its_heads_start_as_the_authors():
             assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
+def test_what_is_no_model_is_refused():
+    for name, values in (("exits", ([2, 2], [2, 5])), ("labels", [["anger"]]), ("head", ("conv", ["attention"]))):
+        for value in values:
+            refuses(name, sdser.MultiExitSER, **{"labels": LABELS, "backbone": "tiny", name: value})
+
+
 @pytest.mark.parametrize(("call", "named"), [
-    (lambda: sdser.MultiExitSER(LABELS, "tiny", exits=[2, 2]), "exits"),
-    (lambda: sdser.MultiExitSER(LABELS, "tiny", exits=[2, 5]), "exits"),
-    (lambda: sdser.MultiExitSER(LABELS, "tiny", head="conv"), "head"),
-    (lambda: sdser.MultiExitSER(["anger"], "tiny"), "labels"),
-    (lambda: build()(torch.randn(8000)), "waveforms"),
-    (lambda: build()(torch.randn(1, 399)), "lengths .*399"),
-    (lambda: build()(torch.randn(2, 8000), torch.tensor([8000])), "lengths"),
-    (lambda: build()(torch.randn(2, 8000), torch.tensor([8000, 399])), "lengths .*399"),
-    (lambda: build()(torch.randn(2, 8000), torch.tensor([8001, 500])), "lengths .*8001"),
-    (lambda: build()(torch.randn(1, 8000), exit=3), "exit 3"),
-    (lambda: build().truncate(3), "exit 3"),
-    (lambda: build().classify(torch.randn(8000), exit=3), "exit 3"),
-    (lambda: build().classify(torch.randn(8000), exit=1, threshold=0.5), "exit and threshold"),
-    (lambda: build().classify(torch.randn(8000), threshold="auto"), "auto"),
-    (lambda: build().train().early_exit(torch.randn(1, 8000), None, 0.5), "evaluation mode"),
-    (lambda: build().early_exit(torch.randn(1, 8000), None, 50.0), "threshold 50"),
-    (lambda: build().early_exit(torch.randn(1, 8000), None, float("nan")), "threshold nan"),
+    (lambda model: model(TONES[0]), "waveforms"), (lambda model: model(TONES[:, :399]), "lengths .*399"),
+    *((lambda model, lengths=lengths: model(TONES[:2], torch.tensor(lengths)), f"lengths .*{named}")
+      for lengths, named in (([9000], ""), ([9000, 399], 399), ([9001, 500], 9001))),
+    (lambda model: model(TONES, exit=3), "exit 3"), (lambda model: model.truncate(3), "exit 3"),
+    (lambda model: model.classify(TONES[0], exit=3), "exit 3"),
+    (lambda model: model.classify(TONES[0], exit=1, threshold=0.5), "exit and threshold"),
+    (lambda model: model.classify(TONES[0], threshold="auto"), "auto"),
+    (lambda model: model.train().early_exit(TONES, None, 0.5), "evaluation mode"),
+    (lambda model: model.early_exit(TONES, None, 50.0), "threshold 50"),
+    (lambda model: model.early_exit(TONES, None, float("nan")), "threshold nan"),
 ])  # fmt: skip
-def test_what_cannot_be_is_refused(call, named):
-    refuses(named, call)
+def test_what_cannot_be_asked_of_a_model_is_refused(call, named):
+    refuses(named, call, build())
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -205,13 +203,10 @@ def test_early_exit_trims_to_the_longest_that_stays(layout, monkeypatch):
 
 def test_another_stop_rule_is_one_function(layout, monkeypatch):
     """Patience: a clip leaves once two exits in a row agree. The model and evaluate.py both ask `should_stop`."""
-
-    def agree(logits, threshold):
-        return (logits[-2:].argmax(-1).diff(dim=0) == 0).any(0)  # with one exit so far, there is no pair
-
     model = build(layout)
     logits = torch.stack([output.logits for output in model(TONES)])
-    monkeypatch.setattr(sdser, "should_stop", agree)
+    # with one exit so far, there is no pair
+    monkeypatch.setattr(sdser, "should_stop", lambda logits, _: (logits[-2:].argmax(-1).diff(dim=0) == 0).any(0))
     answers = logits.argmax(-1)
     expected = torch.where(answers[1] == answers[0], 2, 4)
     assert model.early_exit(TONES, None, 0.5)[1].tolist() == expected.tolist()

@@ -160,6 +160,19 @@ def test_damaged_checkpoints(tmp_path, kind, little_memory):
     assert not readable(tmp_path, *read)
 
 
+def test_weights_that_do_not_fit_are_named_and_a_fault_in_the_code_is_not_taken_for_theirs(tmp_path, monkeypatch):
+    """As after a head has gained a parameter, lost one, or become wider."""
+    build().save_pretrained(tmp_path)
+    key, old, whole = "heads.2.classifier.bias", "heads.1.old", load_file(tmp_path / "model.safetensors")
+    without, wider = {name: whole[name] for name in whole if name != key}, whole | {key: torch.zeros(7, 5)}
+    for weights, named in (without, key), (whole | {old: torch.zeros(2)}, old), (wider, rf"{key}.*\[7, 5\].*\[3\]"):
+        save_file(weights, tmp_path / "model.safetensors")
+        refuses(f"{tmp_path}.*{named}", sdser.MultiExitSER.from_pretrained, tmp_path)
+    monkeypatch.setattr(sdser.ExitHead, "__init__", Mock(side_effect=AttributeError("scor")))
+    with pytest.raises(AttributeError, match="scor"):
+        sdser.MultiExitSER.from_pretrained(tmp_path)
+
+
 class Bomb:
     """Makes a folder if it is unpickled."""
 
