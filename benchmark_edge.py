@@ -43,16 +43,28 @@ FORMATS = "; ".join(f"{ending or 'a folder'}: {', '.join(names)}" for ending, na
 LARGEST_ONNX = 1.5 * 2**30  # bytes of weights; beyond 2 GiB, protobuf writes none
 
 
-def export(model: sdser.MultiExitSER, exit: int, precision: str, path: str) -> None:
-    """Writes one exit as a file or folder of its own; raises InputError, saying what is possible, if it cannot."""
-    check_export(precision, path, evaluate.count_parameters(model, [exit]))
+def export(model: sdser.MultiExitSER, exit: int, files: list[tuple[str, str]]) -> None:
+    """Writes one exit as files or folders, each given by its precision and path; the .onnx among them by one export.
+
+    Raises InputError, saying what is possible, if one cannot be written.
+    """
+    for precision, path in files:
+        check_export(precision, path, evaluate.count_parameters(model, [exit]))
     model = model.truncate(exit)
-    if precision == "transformers":
-        write_transformers(model, path)
-    elif Path(path).suffix:
-        write_onnx(model.requires_grad_(False), path, precision)
-    else:
-        model.save_pretrained(path)
+    for precision, path in files:
+        if precision == "transformers":
+            write_transformers(model, path)
+        elif not Path(path).suffix:
+            model.save_pretrained(path)
+    onnx_files = [(precision, path) for precision, path in files if Path(path).suffix]
+    with tempfile.TemporaryDirectory() as folder:
+        fp32 = os.path.join(folder, "fp32.onnx")
+        if onnx_files:
+            write_onnx(model.requires_grad_(False), fp32)
+        del model  # converting takes memory, too
+        for precision, path in onnx_files:
+            converted = fp32 if precision == "fp32" else convert(fp32, precision)
+            sdser.replace_file(path, Path(converted).read_bytes())
 
 
 def check_export(precision: str, path: str, weights: int = 0) -> None:
@@ -85,8 +97,11 @@ class ExportedExit(nn.Module):
         return sdser.probabilities(self.model(waveform)[0].logits)
 
 
-def write_onnx(small: sdser.MultiExitSER, path: str, precision: str) -> None:
-    """Writes a model of one exit, with its labels, as one .onnx file, which takes clips of any length."""
+def write_onnx(small: sdser.MultiExitSER, path: str) -> None:
+    """Writes a model of one exit, with its labels, as one .onnx file, which takes clips of any length.
+
+    Changes the model on the way.
+    """
     # A recurrent network must be exported as a loop, or the length of the traced clip is baked in.
     from torch.export._patches import register_gru_while_loop_decomposition as gru_loop
     from torch.export._patches import register_lstm_while_loop_decomposition as lstm_loop
@@ -97,29 +112,31 @@ def write_onnx(small: sdser.MultiExitSER, path: str, precision: str) -> None:
     small.backbone.set_attn_implementation("eager")  # fused attention exports IsNaN, which some runtimes refuse
     waveform, any_length = torch.randn(1, 3 * sdser.SAMPLE_RATE), ({1: torch.export.Dim.DYNAMIC},)
     names = dict(input_names=["waveform"], output_names=["probabilities"])
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), warnings.catch_warnings(action="ignore"):
-        fresh = os.path.join(folder, "model.onnx")
-        with gru_loop(), lstm_loop():
-            program = torch.export.export(ExportedExit(small), (waveform,), dynamic_shapes=any_length)
-            onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-        for graph in onnx_program.model.graphs():
-            for node in graph:
-                node.metadata_props.clear()  # where in this machine's files each node comes from
-        onnx_program.model.metadata_props["labels"] = json.dumps(small.labels)
-        onnx_program.save(fresh)
-        del small, program, onnx_program  # each holds the weights
-        if precision == "fp16":
-            import onnx
-            from onnxruntime.transformers.float16 import convert_float_to_float16
+    with torch.no_grad(), warnings.catch_warnings(action="ignore"), gru_loop(), lstm_loop():
+        program = torch.export.export(ExportedExit(small), (waveform,), dynamic_shapes=any_length)
+        onnx_program = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    for graph in onnx_program.model.graphs():
+        for node in graph:
+            node.metadata_props.clear()  # where in this machine's files each node comes from
+    onnx_program.model.metadata_props["labels"] = json.dumps(small.labels)
+    onnx_program.save(path)
 
-            onnx.save(convert_float_to_float16(onnx.load(fresh), keep_io_types=True), fresh)
-        if precision == "int8":  # only the matrix products: onnxruntime's int8 convolutions are slower than float32
-            from onnxruntime.quantization import QuantType, quantize_dynamic
 
-            # 7-bit weights: on processors with AVX2 and no VNNI, products of 8-bit signed numbers saturate
-            types = dict(op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8, reduce_range=True)
-            quantize_dynamic(fresh, fresh, per_channel=True, **types)
-        sdser.replace_file(path, Path(fresh).read_bytes())
+def convert(fp32: str, precision: str) -> str:
+    """Writes an .onnx in fp16 or int8 beside the one in fp32; returns its path."""
+    path = fp32.replace("fp32", precision)
+    if precision == "fp16":
+        import onnx
+        from onnxruntime.transformers.float16 import convert_float_to_float16
+
+        onnx.save(convert_float_to_float16(onnx.load(fp32), keep_io_types=True), path)
+    else:  # int8, only of the matrix products: onnxruntime's int8 convolutions are slower than float32
+        from onnxruntime.quantization import QuantType, quantize_dynamic
+
+        # 7-bit weights: on processors with AVX2 and no VNNI, products of 8-bit signed numbers saturate
+        types = dict(op_types_to_quantize=["MatMul", "Gemm"], weight_type=QuantType.QInt8, reduce_range=True)
+        quantize_dynamic(fp32, path, per_channel=True, **types)
+    return path
 
 
 def write_transformers(small: sdser.MultiExitSER, path: str) -> None:
@@ -278,15 +295,18 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
                 for exit, seconds in product(args.exits, args.seconds)}  # fmt: skip
         model.to("meta")  # frees its memory; from here on, only its shapes are needed
         for exit in evaluate.progress(args.exits, "exits", len(args.exits)):
-            paths, facts = {}, {}
+            files = {}  # path -> precision; several backends may run one file
+            for _, ending, precision in (BACKENDS[backend] for backend in args.backends):
+                files[os.path.join(folder, f"{exit}-{precision}{ending}")] = precision
+            # exporting takes gigabytes, which only the end of a process gives back
+            whole = f"sdser.MultiExitSER.from_pretrained({os.path.join(folder, 'model')!r})"
+            listed = [(precision, path) for path, precision in files.items()]
+            run_apart(f"import sdser\nfrom benchmark_edge import export\nexport({whole}, {exit}, {listed!r})")
+            paths, columns = {}, {}
             for backend in args.backends:
                 load, ending, precision = BACKENDS[backend]
                 path = paths[backend] = os.path.join(folder, f"{exit}-{precision}{ending}")
-                if not os.path.exists(path):  # exporting takes gigabytes, which only the end of a process gives back
-                    whole = f"sdser.MultiExitSER.from_pretrained({os.path.join(folder, 'model')!r})"
-                    run_apart(f"import sdser\nfrom benchmark_edge import export\n"
-                              f"export({whole}, {exit}, {precision!r}, {path!r})")  # fmt: skip
-                facts[backend] = {
+                columns[backend] = {
                     "peak_rss_mb": peak_megabytes(load, path, max(args.threads), samples),
                     "parameters": evaluate.count_parameters(model, [exit]),
                     "size_mb": megabytes(path),
@@ -298,7 +318,7 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
                     p50, p95 = np.percentile(milliseconds, [50, 95])
                     rows.append({"exit": exit, "backend": backend, "seconds": seconds, "threads": threads,
                                  "p50_ms": p50, "p95_ms": p95, "macs": macs[exit, seconds],
-                                 **facts[backend]})  # fmt: skip
+                                 **columns[backend]})  # fmt: skip
                 del runs  # before the next are loaded
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, TypeError):
@@ -364,7 +384,7 @@ def plot(results: dict, args) -> None:
 def export_and_check(model: sdser.MultiExitSER, args) -> None:
     """Writes the file, loads it back, and prints how far its probabilities are from the model's."""
     exit, path = model.exits[-1] if args.exit is None else args.exit, args.export
-    export(model, exit, args.precision, path)
+    export(model, exit, [(args.precision, path)])
     print(f"{path}: exit {exit}, {args.precision}, {megabytes(path):.1f} MB, labels {', '.join(model.labels)}")
     load = load_onnxruntime if Path(path).suffix else load_torch
     load = load_transformers if args.precision == "transformers" else load
