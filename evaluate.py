@@ -28,10 +28,12 @@ import re
 import shlex
 import subprocess
 import sys
+import unicodedata
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
@@ -106,6 +108,7 @@ CORPORA = {
 }  # fmt: skip
 AUDIO_ENDINGS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf")
 SPLITS = ("train", "dev", "test")
+COLUMNS = ("path", "label", "speaker", "split")  # of a manifest
 
 
 def load_corpus(source) -> list[Clip]:
@@ -118,26 +121,22 @@ def load_corpus(source) -> list[Clip]:
     if os.path.isdir(source):
         return read_folder(source)
     if not os.path.isfile(source):
-        raise FileNotFoundError(f"{source}: no such folder or manifest; give one by --data")
-    with sdser.file_errors(source, "not a manifest", "give a CSV or TSV with columns path, label (and speaker)"):
-        return read_manifest(source)
+        raise FileNotFoundError(f"{source}: no such folder or manifest")
+    return read_manifest(source)
 
 
 def read_folder(folder: str) -> list[Clip]:
     """Returns the clips of a folder, by the file-name pattern of CORPORA that fits most of its audio files."""
-    found = (Path(folder, name) for name in glob.iglob("**", root_dir=folder, recursive=True))  # without hidden names
-    files = sorted(path for path in found if path.suffix.lower() in AUDIO_ENDINGS and path.is_file())
-    if not files:
-        raise InputError(f"{folder}: holds no audio files ({', '.join(AUDIO_ENDINGS)})")
+    files = audio_files(folder)
     matches = {}  # corpus -> a match, or None, for each file
     for corpus, (pattern, _) in CORPORA.items():
         pattern = re.compile(rf"(?:.*/)?{pattern}")
         matches[corpus] = [pattern.fullmatch(path.with_suffix("").as_posix()) for path in files]
     corpus = min(CORPORA, key=lambda corpus: matches[corpus].count(None))
-    clips, copies, others, meaning = {}, [], [], CORPORA[corpus][1]
+    clips, copies, skipped, meaning = {}, [], [], CORPORA[corpus][1]
     for path, match in zip(files, matches[corpus]):
         if match is None:
-            others.append(path)
+            skipped.append(path)
             continue
         if match["label"] not in meaning:
             raise InputError(f"{path}: unknown emotion {match['label']!r}; {corpus} has {', '.join(meaning)}")
@@ -148,48 +147,87 @@ def read_folder(folder: str) -> list[Clip]:
         else:
             clips[recording] = Clip(str(path), meaning[match["label"]], speaker)
     if not clips:
-        raise InputError(f"{folder}: {files[0].name} matches no known corpus ({', '.join(CORPORA)}); give a manifest")
-    if others:
-        warnings.warn(f"{folder}: {len(others)} files not of {corpus} left out, such as {others[0]}", stacklevel=3)
+        raise InputError(f"{folder}: {files[0].name} matches no known corpus ({', '.join(CORPORA)}); write a manifest")
+    if skipped:
+        warnings.warn(
+            f"{folder}: skipped {len(skipped)} files that are not {corpus}, such as {skipped[0]}", stacklevel=3
+        )
     if copies:
-        warnings.warn(f"{folder}: {len(copies)} clips are there twice and count once: {copies[0]}", stacklevel=3)
+        warnings.warn(f"{folder}: ignored {len(copies)} duplicates: {copies[0]}", stacklevel=3)
     return list(clips.values())
+
+
+def audio_files(folder: str) -> list[Path]:
+    """Lists the audio files below a folder, but for hidden ones; raises InputError if there are none."""
+    paths = (Path(folder, name) for name in glob.iglob("**", root_dir=folder, recursive=True))
+    files = sorted(path for path in paths if path.suffix.lower() in AUDIO_ENDINGS and path.is_file())
+    if not files:
+        raise InputError(f"{folder}: holds no audio files ({', '.join(AUDIO_ENDINGS)})")
+    return files
 
 
 def read_manifest(manifest: str) -> list[Clip]:
     """Returns the clips of a CSV or TSV whose first line names its columns; paths are relative to the manifest."""
-    with open(manifest, encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
-        delimiter = max(",\t;", key=header.count)
-        names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
-        if not {"path", "label"} <= set(names):
-            raise InputError(f"the first line reads {header.strip()!r}")
-        parts = [name for name in names if name.lower() in ("start", "end", "offset", "duration")]
-        if parts:
-            advice = "cut the segments into files of their own first, as docs/corpora.md shows"
-            raise InputError(f"{manifest}: has a column {parts[0]}, but clips are read whole; {advice}")
-        clips, repeated = {}, []
-        reader = csv.reader(file, delimiter=delimiter)
-        for row in reader:
-            if not row:
-                continue
-            values = dict(zip(names, [value.strip() for value in row]))
-            split = values.get("split") or None
-            if len(row) != len(names) or not values["path"] or not values["label"] or split not in (None, *SPLITS):
-                raise InputError(f"line {reader.line_num + 1}: {row}; give path, label and maybe train, dev or test")
-            path = os.path.normpath(os.path.join(os.path.dirname(manifest), values["path"]))
-            more = {name: values[name] for name in names if name not in ("path", "label", "speaker", "split")}
-            clip = Clip(path, values["label"], values.get("speaker") or None, split, more=more)
-            if path in clips:
-                repeated.append(path)
-                if clip != clips[path]:
-                    raise InputError(f"line {reader.line_num + 1}: {path} is listed before, with other values")
-            clips[path] = clip
+    rows = read_rows(manifest)
+    _, header = next(rows, (1, []))
+    names = [name.lower() if name.lower() in COLUMNS else name for name in header]
+    if not {"path", "label"} <= set(names):
+        advice = "expected a CSV or TSV whose first line has the columns path and label (and speaker)"
+        raise InputError(f"{manifest}: the first line reads {', '.join(header)!r}; {advice}")
+    parts = [name for name in names if name.lower() in ("start", "end", "offset", "duration")]
+    if parts:
+        advice = "first cut the segments into separate files, as docs/corpora.md shows"
+        raise InputError(f"{manifest}: has a column {parts[0]}, but clips are read whole; {advice}")
+    others = [name for name in names if name not in COLUMNS]
+    clips, repeated = {}, []
+    for number, row in rows:
+        values = dict(zip(names, row))
+        split = values.get("split") or None
+        if len(row) != len(names) or not values["path"] or not values["label"] or split not in (None, *SPLITS):
+            advice = "expected path, label and optionally a split: train, dev or test"
+            raise InputError(f"{manifest}: line {number} reads {row}; {advice}")
+        path = find_file(os.path.normpath(os.path.join(os.path.dirname(manifest), values["path"])))
+        more = {name: values[name] for name in others}
+        clip = Clip(path, values["label"], values.get("speaker") or None, split, more=more)
+        if path in clips:
+            repeated.append(path)
+            if clip != clips[path]:
+                raise InputError(f"{manifest}: line {number}: {path} is listed before, with other values")
+        clips[path] = clip
     if not clips:
-        raise InputError("it lists no clips")
+        raise InputError(f"{manifest}: lists no clips")
+    if others:
+        warnings.warn(
+            f"{manifest}: columns that are kept with the clips, but not used: {', '.join(others)}", stacklevel=3
+        )
     if repeated:
-        warnings.warn(f"{manifest}: {len(repeated)} lines repeat others and count once: {repeated[0]}", stacklevel=3)
+        warnings.warn(f"{manifest}: ignored {len(repeated)} duplicates: {repeated[0]}", stacklevel=3)
     return list(clips.values())
+
+
+def read_rows(manifest: str):
+    """Yields the lines of a CSV or TSV that are not empty, each as its number and its cleaned fields."""
+    with sdser.file_errors(manifest, "not a text file", "expected a CSV or TSV in UTF-8"):
+        lines = Path(manifest).read_text(encoding="utf-8-sig").splitlines()
+    delimiter = max(",\t;", key=lines[0].count) if lines else ","
+    quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL  # in a TSV, sentences may begin with a quote
+    for number, line in enumerate(lines, 1):
+        if line.strip():  # each line by itself, so that no row runs on over several lines
+            with sdser.file_errors(manifest, f"line {number}: a quotation mark is not closed", "close or double it"):
+                [row] = csv.reader([line], delimiter=delimiter, quoting=quoting, strict=True)
+            yield number, [clean(field) for field in row]
+
+
+def clean(text: str) -> str:
+    """Returns a field in one spelling: Unicode's NFC, no zero-width characters; empty if pandas had no value."""
+    text = unicodedata.normalize("NFC", re.sub("[\u200b-\u200d\u2060\ufeff]", "", text)).strip()
+    return "" if text in ("nan", "NaN", "None", "<NA>") else text
+
+
+def find_file(path: str) -> str:
+    """Returns a path in the spelling that the disk has: a Mac decomposes letters with accents (NFD)."""
+    decomposed = unicodedata.normalize("NFD", path)
+    return decomposed if os.path.exists(decomposed) and not os.path.exists(path) else path
 
 
 # -- splits: no speaker is in two of them -----------------------------------------------------------------------------
@@ -419,8 +457,19 @@ def bootstrap(targets: Tensor, logits: Tensor, units: list[str]) -> np.ndarray:
 
 
 def interval(draws: np.ndarray, units: list[str]) -> list[float] | None:
-    """Returns the 95% interval of draws (DRAWS,); None if there is only one unit."""
-    return np.percentile(draws, [2.5, 97.5]).tolist() if len(set(units)) > 1 else None
+    """Returns the 95% interval of draws (DRAWS,); None if there are fewer than five units.
+
+    The percentiles of draws of few units are too narrow. They are pushed out as far as Student's t with n - 1 degrees
+    of freedom is wider than the normal distribution, and by the factor sqrt(n / (n - 1)) (Hesterberg, 2015): for 10
+    units, to 0.86% and 99.14%.
+    """
+    n = len(set(units))
+    if n < 5:
+        return None
+    v = n - 1
+    t = 1.95996 + 2.37227 / v + 2.82250 / v**2 + 2.55585 / v**3 + 1.58954 / v**4  # Abramowitz and Stegun, 26.7.5
+    tail = 100 * NormalDist().cdf(-t * (n / v) ** 0.5)
+    return np.percentile(draws, [tail, 100 - tail]).tolist()
 
 
 # -- early exit -------------------------------------------------------------------------------------------------------
@@ -437,15 +486,17 @@ def early_logits(logits: Tensor, thresholds: float | Tensor) -> Tensor:
 
 
 def choose_threshold(targets: Tensor, logits: Tensor, tolerance: float) -> float | None:
-    """Returns the lowest threshold, and so the cheapest, whose metric is within the tolerance of the deepest exit's.
+    """Lowers the threshold from 1 as long as the metric stays within the tolerance of the deepest exit's.
 
-    None if no threshold is.
+    Returns the last threshold before it first falls below, since any lower one that passed again would be luck; None if
+    none passes.
     """
-    enough = metric(targets, logits[-1]) - tolerance
-    for threshold in reversed(sdser.THRESHOLDS):
-        if metric(targets, early_logits(logits, threshold)) >= enough:
-            return threshold
-    return None
+    enough, chosen = metric(targets, logits[-1]) - tolerance, None
+    for threshold in sdser.THRESHOLDS:
+        if metric(targets, early_logits(logits, threshold)) < enough:
+            break
+        chosen = threshold
+    return chosen
 
 
 # -- costs ------------------------------------------------------------------------------------------------------------
@@ -570,7 +621,7 @@ def choose_clips(checkpoint: str, split: str | None, source: str | None, labels:
 
 def name_and_label(clip: Clip) -> tuple[str, str]:
     """Identifies a clip whatever folder it is in; PureWindowsPath takes both kinds of slash for separators."""
-    return PureWindowsPath(clip.path).stem, clip.label
+    return clean(PureWindowsPath(clip.path).stem), clip.label
 
 
 def compare(ours: Pool, theirs: Pool) -> list[dict]:
@@ -636,6 +687,10 @@ def evaluate(args) -> dict:
     draws = bootstrap(targets, torch.stack(list(logits.values())), pool.units)
     for row, row_draws in zip(rows, draws):
         row[f"{METRIC}_ci95"] = interval(row_draws, pool.units)
+        by_run = [
+            metric(targets[pool.run == i], logits[row["exit"]][pool.run == i]) for i in range(len(args.checkpoints))
+        ]
+        row[f"{METRIC}_sd_over_runs"] = float(np.std(by_run, ddof=1)) if len(by_run) > 1 else None
         row.update(by_label(targets, logits[row["exit"]], model.labels), **costs[row["exit"]])
     if left_at is not None:
         results["exit_share"] = {str(k): float((left_at == i).double().mean()) for i, k in enumerate(model.exits)}
@@ -681,18 +736,23 @@ def report(results: dict, args) -> None:
     print(f"{', '.join(args.checkpoints)} on {args.data or 'its own clips'}: {results['split']}\n")
     more = [name for name in results["scores"] if name != METRIC]
     columns = "".join(f"  {name:>8}" for name in more)
-    print(f"exit          layers  params M  GMAC/s  {title:>5}  95% interval  {columns}")
+    pooled = len(results["checkpoints"]) > 1
+    runs = "  over runs" if pooled else ""
+    print(f"exit          layers  params M  GMAC/s  {title:>5}{runs}  95% interval  {columns}")
     for row in rows:
         name = f"{row['exit']} (teacher)" if row["exit"] == exits[-1] and len(exits) > 1 else str(row["exit"])
         cost = f"{row['layers']:6.3g}  {row['parameters'] / 1e6:8.2f}  {row['macs_per_second'] / 1e9:6.2f}"
         values = "".join(f"  {row[name]:8.3f}" for name in more)
-        print(f"{name:12}  {cost}  {row[METRIC]:.3f}  {between(row[f'{METRIC}_ci95'], '.3f'):14}{values}")
-    speakers = "unknown speakers (so the intervals are too narrow)"
-    if results["speakers"] == 1:
-        speakers = "one speaker (an interval needs two: pool the runs of several folds)"
-    elif results["speakers"]:
-        speakers = f"{results['speakers']} speakers{' (few: rough intervals)' if results['speakers'] < 8 else ''}"
+        runs = f"  {'±' + format(row[f'{METRIC}_sd_over_runs'], '.3f'):>9}" if pooled else ""
+        print(f"{name:12}  {cost}  {row[METRIC]:.3f}{runs}  {between(row[f'{METRIC}_ci95'], '.3f'):14}{values}")
+    speakers = f"{results['speakers'] or 'unknown'} speakers"
     print(f"{results['clips']} clips of {speakers}; chance is {results['chance']:.3f}")
+    if results["speakers"] is None:
+        print("intervals: over clips, since speakers are unknown, and so too narrow")
+    elif rows[0][f"{METRIC}_ci95"] is None:
+        print("intervals: none for fewer than five speakers; pool the runs of several folds")
+    if pooled:
+        print(f"over runs: the standard deviation of the runs' {title}; intervals do not cover it")
     print("GMAC/s: billions of multiply-accumulates per second of audio, for a clip of the mean length")
     if "exit_share" in results:
         leaves = ", ".join(f"{100 * proportion:.0f}% at exit {k}" for k, proportion in results["exit_share"].items())
@@ -702,10 +762,11 @@ def report(results: dict, args) -> None:
               'write it into config.json as "threshold"')  # fmt: skip
 
     if "recall" in rows[0]:
-        print("\nrecall      " + "".join(f"{label[:10]:>11}" for label in results["labels"]))
+        width = max(11, *(len(label) + 2 for label in results["labels"]))
+        print("\nrecall      " + "".join(f"{label:>{width}}" for label in results["labels"]))
         for row in rows:
-            recalls = [f"{'-':>11}" if recall is None else f"{recall:11.3f}" for recall in row["recall"].values()]
-            print(f"{row['exit']!s:12}" + "".join(recalls))
+            values = ["-" if recall is None else f"{recall:.3f}" for recall in row["recall"].values()]
+            print(f"{row['exit']!s:12}" + "".join(f"{value:>{width}}" for value in values))
     if args.against:
         print(f"\ndifference in {title} to {', '.join(args.against)}, paired, with 95% interval")
         for row in results["against"]:
@@ -759,7 +820,7 @@ def classify_files(args) -> int:
     if args.exit is not None:
         model.check_exit(args.exit)
     status, predictions = 0, []
-    for path in args.audio:
+    for path in [path for name in args.audio for path in expand(name)]:
         try:
             [prediction] = model.classify(path, args.exit, threshold)
         except (InputError, OSError) as error:
@@ -772,6 +833,13 @@ def classify_files(args) -> int:
     if args.json:
         sdser.replace_file(args.json, json.dumps(predictions, indent=2))
     return status
+
+
+def expand(name: str) -> list[str]:
+    """Returns the audio files of a folder, the files that fit a wildcard, or else the name itself."""
+    if os.path.isdir(name):
+        return list(map(str, audio_files(name)))
+    return [name] if os.path.exists(name) else sorted(glob.glob(name)) or [name]
 
 
 # -- the command, and how a script ends -------------------------------------------------------------------------------
@@ -817,8 +885,9 @@ def positive(kind: type, or_zero: bool = False, limit: float = sys.float_info.ma
 def usable_device(name: str | None) -> str:
     """Returns the device asked for, by default cuda or else cpu; raises InputError if it cannot be used here.
 
-    Makes one of several GPUs this process's own.
+    Makes one of several GPUs this process's own, and float32 mean float32 there: no TF32 in convolutions and GRUs.
     """
+    torch.backends.cudnn.allow_tf32 = False
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     with sdser.file_errors(f"--device {name}", "cannot be used here", "choose another, for example cpu"):
         if name == "cuda":

@@ -18,6 +18,7 @@ Whatever a user can do wrong raises InputError, whose message is one sentence, o
 """
 
 import contextlib
+import inspect
 import io
 import json
 import math
@@ -28,17 +29,21 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
+import numpy as np
 import safetensors.torch
 import soundfile
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import PyTorchModelHubMixin, snapshot_download
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask
 
 SAMPLE_RATE = 16_000
-HEADS = ("gru", "lstm", "attention", "mean")
+HEADS = ("gru", "lstm", "attention", "mean", "stats")
+__version__ = "1.0.0"
+
+warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")  # WavLM's layers: a bool and a float mask
 
 
 # -- the exits ---------------------------------------------------------------------------------------------------------
@@ -57,6 +62,7 @@ class ExitHead(nn.Module):
     gru, lstm    one-layer recurrent network from a zero state, LayerNorm, SELU, mean over frames, as in the paper
     attention    mean over frames, weighted by a learned linear layer
     mean         mean over frames, as in the paper at the deepest exit
+    stats        mean and standard deviation over frames (Snyder et al., 2018), so its embedding is twice as wide
     """
 
     def __init__(self, kind: str, width: int, num_classes: int):
@@ -68,14 +74,14 @@ class ExitHead(nn.Module):
             self.norm = nn.LayerNorm(width)
         elif kind == "attention":
             self.score = nn.Linear(width, 1)
-        self.projector = nn.Linear(width, 256)
+        self.projector = nn.Linear(2 * width if kind == "stats" else width, 256)
         self.classifier = nn.Linear(256, num_classes)
         for linear in (self.projector, self.classifier):  # as in the authors' code
             nn.init.kaiming_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
 
     def forward(self, frames: Frames) -> tuple[Tensor, Tensor]:
-        """Returns logits (B, C) and embedding (B, D)."""
+        """Returns logits (B, C) and embedding (B, D), or (B, 2 D) with "stats"."""
         hidden, valid = frames.hidden, frames.valid
         if self.kind in ("gru", "lstm"):
             # padding comes after the clip, so a network that runs forward in time never sees it
@@ -85,17 +91,25 @@ class ExitHead(nn.Module):
             if valid is not None:
                 attention = attention.masked_fill(~valid, -torch.inf)
             embedding = torch.einsum("bt,btd->bd", attention.softmax(-1), hidden)
-        elif valid is None:
-            embedding = hidden.mean(1)
-        else:  # the mean over each clip's own frames
-            embedding = torch.where(valid[..., None], hidden, 0).sum(1) / valid.sum(1, keepdim=True)
+        else:
+            embedding = mean_over_time(hidden, valid)
+        if self.kind == "stats":
+            variance = mean_over_time((hidden - embedding[:, None]).square(), valid)
+            embedding = torch.cat([embedding, (variance + 1e-5).sqrt()], -1)  # (B, 2 D)
         return self.classifier(self.projector(embedding)), embedding  # no activation in between, as in the paper
+
+
+def mean_over_time(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Averages (B, T, D) over each clip's own frames; returns (B, D)."""
+    if valid is None:
+        return x.mean(1)
+    return torch.where(valid[..., None], x, 0).sum(1) / valid.sum(1, keepdim=True)
 
 
 class ExitOutput(NamedTuple):
     exit: int  # the layer it reads
     logits: Tensor  # (B, C)
-    embedding: Tensor  # (B, D)
+    embedding: Tensor  # (B, D), or (B, 2 D) with "stats"
 
 
 # -- the loss, fusion, and the stop rule -------------------------------------------------------------------------------
@@ -185,6 +199,11 @@ def should_stop(logits: Tensor, threshold: float | Tensor) -> Tensor:
     return probabilities(logits[-1]).amax(-1) >= threshold
 
 
+def check_threshold(threshold: float) -> None:
+    if not min(THRESHOLDS) <= threshold <= max(THRESHOLDS):
+        raise InputError(f"threshold {threshold}: expected a number from {min(THRESHOLDS)} to {max(THRESHOLDS)}")
+
+
 # -- the model ---------------------------------------------------------------------------------------------------------
 # The modules of a backbone that are used here; its own forward never runs. `config` is always the backbone's.
 #
@@ -198,7 +217,7 @@ def should_stop(logits: Tensor, threshold: float | Tensor) -> Tensor:
 
 class MultiExitSER(
     nn.Module,
-    PyTorchModelHubMixin,  # push_to_hub, and a model card with what follows
+    huggingface_hub.PyTorchModelHubMixin,  # push_to_hub, and a model card with what follows
     library_name="sdser",
     paper_url="https://arxiv.org/abs/2210.14636",
     pipeline_tag="audio-classification",
@@ -211,7 +230,7 @@ class MultiExitSER(
         exits: increasing layer numbers, from 1; the last is the teacher, and layers beyond it are not kept.
             Default: 1 2 4 for "tiny", 2 4 6 for "small", otherwise L/4, 2L/3, 5L/6, L of L layers.
         head: a list of names in HEADS, one per exit. Or one name: that head at the shallow exits and "mean" at the
-            deepest; with a single exit, that exit gets it.
+            deepest, but for "stats", which stands at all; with a single exit, that exit gets it.
         tile_seconds: if set, the model was trained on clips that were repeated or cut to this length, and `classify`
             does the same to its input.
         threshold: of early exit, chosen on dev clips; `classify(threshold="auto")` uses it.
@@ -233,7 +252,7 @@ class MultiExitSER(
         if exits is None:
             exits = default_exits(backbone, config.num_hidden_layers)
         if isinstance(head, str):
-            head = [head] if len(exits) == 1 else [head] * (len(exits) - 1) + ["mean"]
+            head = [head] * (len(exits) - 1) + [head if head == "stats" or len(exits) == 1 else "mean"]
         self.check_arguments(labels, exits, head, tile_seconds, threshold, config.num_hidden_layers)
         self.labels, self.exits, self.head_kinds = list(labels), list(exits), list(head)
         self.tile_seconds, self.threshold = tile_seconds, threshold
@@ -452,7 +471,9 @@ class MultiExitSER(
         advice = "expected what train.py and model.save_pretrained write: config.json and model.safetensors"
         if not os.path.isdir(folder):
             with file_errors(checkpoint, "neither a folder nor a reachable Hub model", advice, FileNotFoundError):
-                folder = snapshot_download(checkpoint, allow_patterns=["config.json", "model.safetensors"], **hub)
+                folder = huggingface_hub.snapshot_download(
+                    checkpoint, allow_patterns=["config.json", "model.safetensors"], **hub
+                )
         with file_errors(checkpoint, "incomplete or damaged sdser checkpoint", advice):
             saved = json.loads(Path(folder, "config.json").read_text())
             names = ("labels", "backbone", "exits", "head", "tile_seconds", "threshold")
@@ -484,10 +505,12 @@ class MultiExitSER(
             raise InputError(f"exits {exits}: expected increasing numbers from 1 to at most {layers}, the last layer")
         if len(head) != len(exits) or not all(kind in HEADS for kind in head):
             raise InputError(f"head {head}: expected one of {', '.join(HEADS)}, or one for each of {len(exits)} exits")
+        if "stats" in head and set(head) != {"stats"}:
+            raise InputError(f"head {head}: stats needs stats at every exit, since the hint compares their embeddings")
         if tile_seconds is not None and not 0.025 <= tile_seconds <= MAX_SECONDS:
             raise InputError(f"tile_seconds {tile_seconds}: expected a number from 0.025 to {MAX_SECONDS}, or None")
-        if threshold is not None and not min(THRESHOLDS) <= threshold <= max(THRESHOLDS):
-            raise InputError(f"threshold {threshold}: expected {min(THRESHOLDS)} to {max(THRESHOLDS)}, or None")
+        if threshold is not None:
+            check_threshold(threshold)
 
     @staticmethod
     def real_lengths(waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
@@ -512,8 +535,7 @@ class MultiExitSER(
     def check_early_exit(self, threshold: float) -> None:
         if self.training:  # dropout and masks would decide
             raise InputError("early_exit needs a model in evaluation mode: call model.eval() first")
-        if not min(THRESHOLDS) <= threshold <= max(THRESHOLDS):
-            raise InputError(f"threshold {threshold}: expected {min(THRESHOLDS)} to {max(THRESHOLDS)}")
+        check_threshold(threshold)
 
     def check_exit(self, exit: int) -> None:
         if exit not in self.exits:
@@ -624,13 +646,9 @@ SIZES = {
 }  # fmt: skip
 
 
-# The families of backbones: for each, what its config leaves out that is read here. do_normalize says whether the
-# backbone was trained on zero-mean, unit-variance waveforms; `transformers` keeps it elsewhere, see reads_normalized.
-FAMILIES = {
-    "wav2vec2": dict(do_normalize=True),
-    "hubert": dict(do_normalize=True),
-    "wavlm": dict(do_normalize=True),
-}
+# The families of backbones: for each, what is read here and its config leaves out. do_normalize: whether the backbone
+# was trained on zero-mean, unit-variance waveforms; `transformers` keeps that elsewhere, see reads_normalized.
+FAMILIES = {name: {"do_normalize": True} for name in ("wav2vec2", "hubert", "wavlm")}
 
 
 def default_exits(backbone: str | dict, layers: int) -> list[int]:
@@ -656,6 +674,8 @@ def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
         advice = f"expected {', '.join(FAMILIES)}, without batch norm in the position convolution"
         raise InputError(f"{name}: its model_type is {family}; {advice}")
     with file_errors(name, "its configuration cannot be read", "save it again"):
+        # no config may choose what code runs: attention can come from the Hub, and so can whole classes
+        config = {key: config[key] for key in config if key != "auto_map" and "attn_implementation" not in key}
         return transformers.AutoConfig.for_model(**{**FAMILIES[family], **config})
 
 
@@ -679,11 +699,18 @@ def read_config(backbone: str) -> dict:
 
 def reads_normalized(backbone: str) -> bool:
     """Returns what a backbone's feature extractor says about `do_normalize`; without one, True, with a warning."""
-    try:
-        return transformers.AutoFeatureExtractor.from_pretrained(backbone).do_normalize
-    except OSError as error:
-        if isinstance(error.__context__, json.JSONDecodeError):
-            raise InputError(f"{backbone}: its preprocessor_config.json is damaged; download it again") from error
+    name = "preprocessor_config.json"
+    with file_errors(backbone, f"its {name} cannot be read", "download it again"):
+        try:
+            return transformers.AutoFeatureExtractor.from_pretrained(backbone, trust_remote_code=False).do_normalize
+        except OSError as error:
+            if isinstance(error.__context__, json.JSONDecodeError):  # it is there, but damaged
+                raise
+    if not os.path.isdir(backbone):
+        absent = huggingface_hub.try_to_load_from_cache(backbone, name) is huggingface_hub._CACHED_NO_EXIST
+        with file_errors(backbone, f"only the Hub knows whether it has a {name}", "go online once"):
+            if not absent and huggingface_hub.file_exists(backbone, name):
+                raise OSError("download failed")
     message = "has no preprocessor_config.json; assuming that it was trained on normalised waveforms"
     warnings.warn(f"{backbone}: {message} (do_normalize true)", stacklevel=2)
     return True
@@ -704,6 +731,7 @@ def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig, l
         model = load_weights(os.fspath(backbone), config)
     if config.mask_time_prob == 0 and hasattr(model, "masked_spec_embed"):
         model.masked_spec_embed.requires_grad_(False)  # no loss would reach it
+    model.config.name_or_path = ""  # or a checkpoint would publish this machine's folders
     return model
 
 
@@ -760,14 +788,22 @@ def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor
             samples = sound.read(offset + wanted, dtype="float32", always_2d=True)[offset:]  # (T, channels)
     if wanted - len(samples) > HEADER_SLACK * rate:
         raise InputError(f"{name}: truncated: only {len(samples)} of {wanted} samples present; replace the file")
-    return to_16_khz(name, torch.from_numpy(samples.mean(axis=1)), rate)
+    waveform = samples.mean(axis=1)
+    if np.square(waveform).mean() < 1e-3 * np.square(samples).mean():  # 30 dB weaker
+        raise InputError(f"{name}: its channels cancel each other; keep one: ffmpeg -i IN -af pan=mono|c0=c0 OUT.wav")
+    return to_16_khz(name, torch.from_numpy(waveform), rate)
 
 
 @contextlib.contextmanager
 def open_audio(file):
     """Yields a file's name and its `soundfile.SoundFile`, once its header has been checked."""
     if hasattr(file, "read"):
-        name, file = name_of(file), io.BytesIO(file.read())
+        name = name_of(file)
+        if inspect.iscoroutinefunction(file.read):
+            raise InputError(f"{name}: its read is asynchronous, as of a FastAPI UploadFile; pass its .file")
+        if hasattr(file, "seek"):
+            file.seek(0)  # it may have been read before
+        file = io.BytesIO(file.read())
     else:
         name = file = os.fspath(file)
         if not os.path.isfile(file):
@@ -802,15 +838,19 @@ def check_header(name: str, sound: soundfile.SoundFile) -> None:
     """Raises InputError if the file is incomplete, which libsndfile reports only in its log."""
     if sound.frames == 0:
         raise InputError(f"{name}: declares no audio; ffmpeg -ignore_length 1 -i IN OUT.wav may repair it")
+    if sound.frames > 2**48:  # a FLAC that was written into a pipe
+        raise InputError(f"{name}: does not declare its length; convert it: ffmpeg -i IN OUT.wav")
     check_size(name, sound.frames, sound.samplerate)
-    cut = re.search(r"^\s*(?:data|SSND) : (\d+) \(should be (\d+)\)", sound.extra_info, re.MULTILINE)
+    # WAV, AIFF, AU, W64 and RF64 each declare the bytes of audio, or of the whole file, under a name of theirs
+    declared = r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)"
+    cut = re.search(declared, sound.extra_info, re.MULTILINE)
     if cut:
         promised, present = int(cut[1]), int(cut[2])  # bytes of audio: what the header claims, what is there
         missing = sound.frames / sound.samplerate * (promised / present - 1)  # seconds
         # Some recorders count the header as audio; programs that write into a pipe declare 2 GiB or more: "unknown".
         if missing > HEADER_SLACK and promised < 0x7FFFF000:
             raise InputError(f"{name}: truncated: only {present} of {promised} bytes present; replace the file")
-    if re.search("end-of-stream|after the last page", sound.extra_info, re.IGNORECASE):  # of an Ogg
+    if "after the last page" in sound.extra_info:  # of an Ogg
         raise InputError(f"{name}: truncated: its end is missing; replace the file")
 
 
@@ -842,7 +882,7 @@ def read_clip(clip, tile_seconds: float | None = None, sample_rate: int = SAMPLE
     """Reads a path, a file object or a 1-D float array of at most 60 s; returns the waveform (T,), float32, 16 kHz."""
     if isinstance(clip, str | os.PathLike) or hasattr(clip, "read"):
         name, waveform = name_of(clip), load_audio(clip, seconds=MAX_SECONDS + 1)
-    elif getattr(clip, "ndim", None) == 1 and torch.as_tensor(clip).is_floating_point():
+    elif getattr(clip, "ndim", None) == 1 and "float" in str(clip.dtype):  # numpy's, torch's and pandas' dtypes
         name = "the waveform"
         waveform = to_16_khz(name, torch.as_tensor(clip).float(), sample_rate)
     else:

@@ -38,7 +38,6 @@ from sdser import InputError
 FAST = dict(
     backbone="facebook/wav2vec2-base",
     head="attention",
-    distill_warmup=0.5,
     window="natural",
     seconds=6.0,
     epochs=20,
@@ -57,13 +56,12 @@ PRESETS = {
                        dtype="float32"),
     "scratch": FAST | dict(backbone="tiny", seconds=3.0, epochs=10, lr=2e-3, head_lr=2e-3, freeze_cnn=False,
                            dtype="float32"),
-    "paper": FAST | dict(head="gru", distill_warmup=0.0, window="tile", seconds=5.984, lr=3e-5, head_lr=3e-5,
+    "paper": FAST | dict(head="gru", window="tile", seconds=5.984, lr=3e-5, head_lr=3e-5,
                          weight_decay=0.0, schedule="constant", max_norm=None, freeze_cnn=False, dtype="float32"),
     "fast": FAST,
 }  # fmt: skip
 WITH_RESUME = ("--resume", "--out", "--device", "--workers")  # flags allowed with --resume; the rest come from the run
 TOLERANCE = 0.01  # UAR that early exit may lose on dev, against the deepest exit
-DEV_METRIC = f"dev_{evaluate.METRIC}"  # of an epoch, averaged over the exits: the best epoch is kept
 
 
 def parse_args(argv=None) -> argparse.Namespace:
@@ -85,13 +83,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     heads = f"one for the shallow exits, or one for each exit: {', '.join(sdser.HEADS)}"
     add("--head", choices=sdser.HEADS, nargs="+", metavar="H", help=heads)
     add("--labels", nargs="+", metavar="L", help="keep only the clips with these labels")
-    add("--final", action="store_true", help="train on train and dev, and keep the last epoch")
+    add("--final", action="store_true", help="train on dev, too; early exit then has no threshold")
     add("--balanced", action="store_true", help="weight cross-entropy by inverse class frequency, at all exits")
     add("--kl-weight", type=real_or_0, default=1.0, metavar="A", help="alpha; 0 drops the term (default 1)")
     add("--hint-weight", type=real_or_0, default=1.0, metavar="B", help="beta; 0 drops the term (default 1)")
     add("--temperature", type=real, default=1.0, metavar="T", help="of the KL term (default 1)")
-    ramp = "fraction of the steps over which alpha and beta ramp up from 0"
-    add("--distill-warmup", type=positive(float, or_zero=True, limit=1), metavar="F", help=ramp)
     add("--detach-teacher", action=on_or_off, default=True, help="stop KL and hint gradients at the teacher")
     add("--label-fraction", type=fraction, default=1.0, metavar="F", help="fraction of each label's training clips")
     add("--fold", type=fold, default="1/5", metavar="I/N", help="divide speakers into N groups; the I-th is test")
@@ -137,7 +133,7 @@ def fold(text: str) -> list[int]:
 
 # -- the run ----------------------------------------------------------------------------------------------------------
 def run(args: argparse.Namespace) -> None:
-    """Trains, keeps the best epoch by dev UAR, scores it once on test, and reports."""
+    """Trains, saves and scores on dev after each epoch, scores once on test, and reports."""
     start, out = time.time(), Path(args.out)
     state = read_state(out) if args.resume else None
     if state:
@@ -171,6 +167,7 @@ def run(args: argparse.Namespace) -> None:
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         log = state["log"]
+        del state  # it is as large as the model and its optimizer
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     print(f"{short(args.backbone)}, preset {args.preset}: exits {model.exits}, {trained:.1f} M parameters to train, "
           f"{args.dtype} on {args.device}")  # fmt: skip
@@ -186,37 +183,26 @@ def run(args: argparse.Namespace) -> None:
         losses = train_epoch(parallel, dataset, batches, optimizer, scheduler, args, title)
         line = {"epoch": epoch, **losses, "lr": scheduler.get_last_lr()[0]}
         message = f"{title}  loss {losses['loss']:.3f}"
-        is_best = True  # --final has no dev clips to choose by: the last epoch is kept
         if dev_clips:
-            with autocast(args):  # as in training, for speed
-                dev_logits = evaluate.predict(model, dev_clips, args.batch_size, args.workers)
-            dev_targets = evaluate.targets_of(dev_clips, labels)
+            dev_targets, dev_logits = predict(model, dev_clips, args)
             line["dev"] = score(model, dev_targets, dev_logits)
-            values = {row["exit"]: row[evaluate.METRIC] for row in line["dev"]["exits"]}
-            line[DEV_METRIC] = sum(values.values()) / len(values)
-            is_best = line[DEV_METRIC] > max((earlier[DEV_METRIC] for earlier in log), default=-math.inf)
-            message += f"  dev {evaluate.METRIC.upper()} at exit "
-            message += "  ".join(f"{exit}: {value:.3f}" for exit, value in values.items())
-            message += "  best" if is_best else ""
             model.threshold = evaluate.choose_threshold(dev_targets, dev_logits, TOLERANCE)
+            message += f"  dev {evaluate.METRIC.upper()} at exit"
+            for row in line["dev"]["exits"]:
+                message += f"  {row['exit']}: {row[evaluate.METRIC]:.3f}"
         line["seconds"] = time.time() - epoch_start
         log.append(line)
         if RANK == 0:
-            save_epoch(out, args, clips, log, is_best, model, optimizer, scheduler)
+            save_epoch(out, args, clips, log, model, optimizer, scheduler)
         print(message)  # once it is saved, so that Ctrl-C loses nothing that has been seen
 
-    # The kept epoch is scored in float32, on dev once more and on test for the first time.
-    if WORLD > 1:
-        dist.barrier()  # until rank 0 has saved it
-    model = sdser.MultiExitSER.from_pretrained(out).to(args.device)
     results = {"labels": labels, "args": vars(args), "seconds": round(time.time() - start, 1)}
-    for split, split_clips in (("dev", dev_clips), ("test", test_clips)):
-        if split_clips:
-            logits = evaluate.predict(model, split_clips, args.batch_size, args.workers)
-            results[split] = score(model, evaluate.targets_of(split_clips, labels), logits)
+    if dev_clips:
+        results["dev"] = log[-1]["dev"]
+    results["test"] = score(model, *predict(model, test_clips, args))
     if RANK == 0:
         sdser.replace_file(out / "results.json", json.dumps(results, indent=2))
-        report(results, log, out)
+        report(results, model.threshold, len(dev_clips), out)
 
 
 def train_epoch(model, dataset, batches, optimizer, scheduler, args, title: str) -> dict[str, float]:
@@ -224,15 +210,13 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, title: str)
     model.train()
     my_batches, loss_weights = divide(batches, args.accumulate)
     class_weights = inverse_frequencies(dataset).to(args.device) if args.balanced else None
-    sums, total_steps = Counter(), args.epochs * math.ceil(len(batches) / args.accumulate)
+    sums = Counter()
     bar = evaluate.progress(evaluate.load_batches(dataset, my_batches, args.workers), title, len(batches))
     for i, (waveforms, lengths, targets) in enumerate(bar):
-        # early on there is nothing to be learned from the teacher; last_epoch counts the steps of the whole run
-        ramp = min(1.0, scheduler.last_epoch / (args.distill_warmup * total_steps)) if args.distill_warmup else 1.0
         with autocast(args):
             outputs = model(waveforms.to(args.device), lengths)
         loss, parts = sdser.self_distillation_loss(
-            outputs, targets.to(args.device), ramp * args.kl_weight, ramp * args.hint_weight, args.temperature,
+            outputs, targets.to(args.device), args.kl_weight, args.hint_weight, args.temperature,
             args.detach_teacher, class_weights,
         )  # fmt: skip
         (loss_weights[i] * loss).backward()
@@ -355,7 +339,7 @@ def load_data(args) -> tuple[list[str], list[Clip]]:
     else:
         clips = evaluate.load_corpus(args.data)
         if args.labels:
-            known = {clip.label for clip in clips}
+            args.labels, known = [evaluate.clean(label) for label in args.labels], {clip.label for clip in clips}
             if len(set(args.labels)) < 2 or not set(args.labels) <= known:
                 options = ", ".join(sorted(known))
                 raise InputError(f"--labels {' '.join(args.labels)}: expected at least two of {options}")
@@ -396,6 +380,12 @@ def short(path: str) -> str:
     return os.path.relpath(path, evaluate.HERE) if Path(path).is_relative_to(evaluate.HERE) else path
 
 
+def predict(model: sdser.MultiExitSER, clips: list[Clip], args) -> tuple[Tensor, Tensor]:
+    """Returns the targets (N,) and logits (exits, N, C) of clips, computed in float32."""
+    logits = evaluate.predict(model, clips, args.batch_size, args.workers)
+    return evaluate.targets_of(clips, model.labels), logits
+
+
 # -- what a run writes and reads back ---------------------------------------------------------------------------------
 def score(model: sdser.MultiExitSER, targets: Tensor, logits: Tensor) -> dict:
     """Returns {"exits": [{"exit": 2, "uar": 0.8, ...}, ...], "fusion": {...}}; fusion only of two students or more."""
@@ -404,17 +394,18 @@ def score(model: sdser.MultiExitSER, targets: Tensor, logits: Tensor) -> dict:
     return {"exits": [{"exit": exit, **row} for exit, row in rows.items()], **fusion}
 
 
-def save_epoch(out: Path, args, clips: list[Clip], log: list[dict], is_best: bool, model, optimizer, scheduler) -> None:
+def save_epoch(out: Path, args, clips: list[Clip], log: list[dict], model, optimizer, scheduler) -> None:
     """Writes an epoch's files, train_state.pt last: if the run dies before that is written, the epoch is repeated."""
     if len(log) == 1:
+        with sdser.file_errors(out, "cannot be written, or another run has started there", "choose another --out"):
+            (out / "split.csv").touch(exist_ok=False)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["path", "label", "speaker", "split", *clips[0].more])
+        writer.writerow([*evaluate.COLUMNS, *clips[0].more])
         for clip in clips:
             writer.writerow([os.path.abspath(clip.path), clip.label, clip.speaker, clip.split, *clip.more.values()])
         sdser.replace_file(out / "split.csv", text.getvalue())
-    if is_best:
-        model.save_pretrained(out)
+    model.save_pretrained(out)
     sdser.replace_file(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
     state = {"args": vars(args), "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
              "scheduler": scheduler.state_dict()}  # fmt: skip
@@ -434,13 +425,9 @@ def read_state(out: Path) -> dict:
     return state
 
 
-def report(results: dict, log: list[dict], out: Path) -> None:
-    """Prints which epoch was kept, and the scores of each split and exit."""
-    kept = f"last epoch, {len(log)}, kept"
-    if "dev" in results:
-        best = max(log, key=lambda line: line[DEV_METRIC])["epoch"]
-        kept = f"best epoch {best}, by dev {evaluate.METRIC.upper()} averaged over exits"
-    print(f"\n{kept} (chance {1 / len(results['labels']):.3f})\n")
+def report(results: dict, threshold: float | None, dev_clips: int, out: Path) -> None:
+    """Prints the scores of each split and exit, and early exit's threshold."""
+    print(f"\nafter the last epoch (chance {1 / len(results['labels']):.3f})\n")
     names = list(results["test"]["exits"][0])[1:]  # of the scores
     print("split    exit" + "".join(f"  {name:>8}" for name in names))
     for split in [split for split in ("dev", "test") if split in results]:
@@ -449,6 +436,8 @@ def report(results: dict, log: list[dict], out: Path) -> None:
             rows.append({"exit": "fusion", **results[split]["fusion"]})
         for row in rows:
             print(f"{split:6} {row['exit']!s:>6}" + "".join(f"  {row[name]:8.3f}" for name in names))
+    if dev_clips:
+        print(f"\nearly exit's threshold, chosen on {dev_clips} dev clips: {threshold}")
     print(f"\nin {out}: config.json, model.safetensors, README.md, results.json, log.jsonl, split.csv, train_state.pt")
     print(f"next: python evaluate.py {evaluate.quote(out)}")
 

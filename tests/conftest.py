@@ -72,12 +72,15 @@ def uar(targets, logits) -> float:
 
 
 def lowest_threshold(targets, logits, tolerance) -> float:
-    """Of 0, 0.01, ... 1, the lowest at which early exit loses that much UAR, or less: worked out clip by clip."""
-    for threshold in (step / 100 for step in range(101)):
+    """From 1 down by 0.01, the last before early exit first loses more UAR than that: worked out clip by clip."""
+    lowest = None
+    for threshold in (step / 100 for step in range(100, -1, -1)):
         confident = (logits.softmax(-1).amax(-1) >= threshold).T.tolist()  # (N, exits)
         answers = [logits[clip.index(True) if any(clip) else -1, i] for i, clip in enumerate(confident)]
-        if uar(targets, torch.stack(answers)) >= uar(targets, logits[-1]) - tolerance:
-            return threshold
+        if uar(targets, torch.stack(answers)) < uar(targets, logits[-1]) - tolerance:
+            break
+        lowest = threshold
+    return lowest
 
 
 def refuses(named, call, *args, **kwargs) -> None:

@@ -93,7 +93,21 @@ def test_bootstrap_draws_speakers_with_all_their_clips():
     targets, logits = torch.tensor([0, 1, 0, 1, 2]), torch.eye(4)[torch.tensor([[0, 1, 0, 1, 0]])]
     for speakers, uars in (("aabbc", {0.0, 0.666667, 1.0}), ("aaaaa", {0.666667})):
         assert set(evaluate.bootstrap(targets, logits, list(speakers))[0].round(6)) == uars
-    assert evaluate.interval(np.arange(1001.0), np.array(["a", "b"])) == [25.0, 975.0]
+
+
+def test_intervals_cover_the_truth_95_times_in_100():
+    """Where plain percentiles of a bootstrap over few units do not; of fewer than five units there is none."""
+    for n, bound in ((6, 0.88), (10, 0.91), (24, 0.94)):
+        rng, covered = np.random.default_rng(0), []
+        for _ in range(1500):
+            units = rng.normal(size=n)
+            draws = units[rng.integers(n, size=(1000, n))].mean(1)
+            low, high = evaluate.interval(draws, list(map(str, range(n))))
+            narrow_low, narrow_high = np.percentile(draws, [2.5, 97.5])
+            covered.append((low < 0 < high, narrow_low < 0 < narrow_high))
+        ours, percentiles = np.mean(covered, 0)
+        assert percentiles < bound < ours and 0.92 < ours < 0.965
+    assert evaluate.interval(np.arange(1001.0), ["a", "b", "c", "d"]) is None
 
 
 def test_comparison_is_paired():
@@ -123,7 +137,7 @@ def test_early_exit_and_fusion_by_hand():
 
 
 @pytest.mark.parametrize("tolerance", [0, 0.05, 1])
-def test_tolerance_chooses_each_runs_lowest_threshold_anew_on_dev(runs, tolerance, monkeypatch, refused):
+def test_tolerance_chooses_each_runs_threshold_anew_on_dev(runs, tolerance, monkeypatch, refused):
     """The clips' logits are made up, so that the thresholds of runs, splits and tolerances differ."""
     torch.manual_seed(234)
     folds = [str(runs / "fold1"), str(runs / "fold2")]
@@ -168,7 +182,7 @@ def test_scores_equal_the_training_runs_and_folds_are_pooled(runs, monkeypatch, 
     for row, expected in zip(rows, [*training["exits"], {"exit": "fusion", **training["fusion"]}], strict=True):
         assert expected.items() <= row.items()
     for row in [*rows, early]:
-        assert row["uar_ci95"][0] <= row["uar"] <= row["uar_ci95"][1]
+        assert row["uar_ci95"] is None and row["uar_sd_over_runs"] is None, "two speakers, one run"
         assert np.mean(list(row["recall"].values())) == pytest.approx(row["uar"]) and np.sum(row["confusion"]) == 12
     assert [row["layers"] for row in rows] == [1, 2, 4, 2]
     for name in ("parameters", "macs_per_second"):
@@ -182,6 +196,7 @@ def test_scores_equal_the_training_runs_and_folds_are_pooled(runs, monkeypatch, 
         assert np.array_equal(row["confusion"], np.add(first["confusion"], second["confusion"]))
         right = [clip["answers"][str(row["exit"])] == clip["label"] for clip in pooled["predictions"]]
         assert np.mean(right) == pytest.approx(row["accuracy"])
+        assert row["uar_sd_over_runs"] == pytest.approx(abs(first["uar"] - second["uar"]) / 2**0.5)
     set_threshold(folds[0], 0.0), set_threshold(folds[1], 1.0)  # each fold stops at its own
     monkeypatch.setattr(evaluate, "report", Mock(side_effect=BrokenPipeError(32, "Broken pipe")))
     refused(evaluate, *folds, "--json", "own.json")
@@ -202,7 +217,7 @@ def test_against_and_plots(runs, monkeypatch, refused):
     for ours, theirs in (([one], [two]), ([one, two, other], [one, two])):  # other clips, or not as often
         assert "--against" in refused(evaluate, *ours, "--against", *theirs)
     [row] = call(one, "--against", alone, *PLOT)["against"]
-    assert (row["exit"], row["difference"], row["ci95"]) == (2, 0, [0, 0]), "an exit equals the same exit cut out"
+    assert (row["exit"], row["difference"]) == (2, 0), "an exit equals the same exit cut out"
     if PLOT:
         [file] = Path("plots").iterdir()
         assert file.name == "uar_against_cost.png" and file.read_bytes().startswith(b"\x89PNG")
@@ -279,8 +294,7 @@ def test_one_speaker_has_no_interval_and_without_a_threshold_there_is_no_early_e
     assert len(call(runs / "fold1", runs / "fold2")["rows"]) == 4, "one of them has none"
     assert results["speakers"] == 1 and all(row["uar_ci95"] is None for row in results["rows"])
     assert all(row["ci95"] is None for row in results["against"])
-    printed = capsys.readouterr().out
-    assert printed.count("  -  ") >= len(results["rows"]) and printed.count("one speaker") == 1
+    assert capsys.readouterr().out.count("  -  ") >= len(results["rows"])
 
 
 def test_a_checkpoint_is_only_read(runs, corpus, capsys):

@@ -68,7 +68,7 @@ def test_to_the_hub_and_back(tmp_path, monkeypatch):
     api.create_repo.return_value.repo_id = "me/model"
     api.upload_folder.side_effect = lambda folder_path, **_: uploaded.append(set(os.listdir(folder_path)))
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Mock(return_value=api))
-    monkeypatch.setattr(sdser, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     model.push_to_hub("me/model")
     assert api.upload_folder.call_args.kwargs["repo_id"] == "me/model"
     model.save_pretrained(tmp_path / "model", push_to_hub=True, private=True)
