@@ -778,7 +778,7 @@ def between(ci95: list[float] | None, form: str) -> str:
     return "-" if ci95 is None else f"{ci95[0]:{form}} to {ci95[1]:{form}}"
 
 
-def plot(results: dict, folder: str) -> None:
+def plot_cost(results: dict, folder: str) -> None:
     """Plots each exit's metric against its cost, and early exit's at all thresholds."""
     figure = new_figure(figsize=(5.5, 4))
     axes = figure.subplots()
@@ -796,8 +796,25 @@ def plot(results: dict, folder: str) -> None:
     axes.set(xlabel="GMAC per second of audio", xlim=(0, None))
     axes.set(ylabel=f"{METRIC.upper()} (95% interval)", ylim=(0, 1))
     axes.legend(loc="lower right", fontsize="small")
-    save_figure(figure, Path(folder, "uar_against_cost.png"))
-    print(f"\nplot: {folder}/uar_against_cost.png")
+    save_figure(figure, Path(folder, f"{METRIC}_against_cost.png"))
+
+
+def plot_confusion(results: dict, folder: str) -> None:
+    """Plots, for each exit, the proportion of each label's clips that got each prediction."""
+    rows = [row for row in results["rows"] if isinstance(row["exit"], int)]
+    labels, ticks = results["labels"], range(len(results["labels"]))
+    figure = new_figure(figsize=(4 * len(rows), 4))
+    for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows):
+        counts = np.array(row["confusion"])
+        proportions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        axes.imshow(proportions, cmap="Greys", vmin=0, vmax=1)
+        for (true, predicted), value in np.ndenumerate(proportions):
+            color = "white" if value > 0.5 else "black"
+            axes.text(predicted, true, f"{value:.2f}", ha="center", va="center", color=color, fontsize="small")
+        axes.set(title=f"exit {row['exit']}", xlabel="predicted", ylabel="true")
+        axes.set_xticks(ticks, labels, rotation=90)
+        axes.set_yticks(ticks, labels)
+    save_figure(figure, Path(folder, "confusion.png"))
 
 
 def new_figure(**size):
@@ -855,7 +872,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     anew = f"choose early exit's threshold anew on dev, for this report: the {METRIC.upper()} that it may lose"
     add("--tolerance", type=positive(float, or_zero=True), metavar="X", help=anew)
     add("--json", metavar="FILE", help="write the results as JSON")
-    add("--plot", metavar="DIR", help=f"plot {METRIC.upper()} against cost (needs matplotlib)")
+    add("--plot", metavar="DIR", help=f"plot {METRIC.upper()} against cost, and confusions (needs matplotlib)")
     add("--audio", nargs="+", metavar="FILE", help="classify these files instead")
     add("--exit", type=int, metavar="K", help="with --audio: run to this exit")
     add("--threshold", type=float, metavar="P", help="with --audio: leave early at this threshold (default: the run's)")
@@ -965,7 +982,10 @@ def main(argv=None) -> None:
                 sdser.replace_file(args.json, json.dumps(results, indent=2))
             report(results, args)
             if args.plot:
-                plot(results, args.plot)
+                plot_cost(results, args.plot)
+                if "confusion" in results["rows"][0]:
+                    plot_confusion(results, args.plot)
+                print(f"\nplots: in {args.plot}")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def test_the_page_answers_as_python_does(tmp_path, wav):
     labels = sorted({clip.label for clip in clips})
     model = sdser.MultiExitSER(labels, str(evaluate.DATA / "hubert-small"), [2], "attention").eval()
     model.heads["2"].classifier.weight.data *= 3  # so that different sounds get different answers
-    benchmark_edge.export(model, 2, "fp32", tmp_path / "model.onnx")
+    benchmark_edge.export(model, 2, [("fp32", tmp_path / "model.onnx")])
     page = Path(shutil.copy(ROOT / "docs" / "browser.html", tmp_path)).read_text("utf-8")
     for name in re.findall(r"\bort[\w.-]+\.\w+", page.partition("-->")[0]):
         shutil.copy(ORT_WEB / name, tmp_path)
