@@ -400,7 +400,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add, positive = parser.add_argument, evaluate.positive
     add("checkpoint", nargs="?", help="folder written by train.py, or a Hub name")
     add("--backbone", choices=sdser.SIZES, help="instead of a checkpoint: a built-in shape with random weights")
-    heads = "with --backbone: one for the shallow exits, or one for each exit (default attention)"
+    heads = "with --backbone: one for the shallow exits, or one for each exit (default stats)"
     add("--head", choices=sdser.HEADS, nargs="+", metavar="H", help=heads)
     add("--exits", type=int, nargs="+", metavar="K", help="default: all of the model's")
     add("--seconds", type=positive(float), nargs="+", default=[1.0, 3.0, 6.0], metavar="S", help="default 1 3 6")
@@ -424,7 +424,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--json, --plot and --budget-ms go with measuring; --export measures nothing")
     args.precision = args.precision or "fp32"
     if args.head is None or len(args.head) == 1:
-        args.head = args.head[0] if args.head else "attention"
+        args.head = args.head[0] if args.head else "stats"
     if args.backends is None:
         args.backends = ["torch", "onnxruntime", "onnxruntime-int8"] if has_onnx() else ["torch"]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

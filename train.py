@@ -37,7 +37,7 @@ from sdser import InputError
 # fine-tunes the small network in data/, in two minutes on a CPU. scratch: for random weights. paper: the paper's.
 FAST = dict(
     backbone="facebook/wav2vec2-base",
-    head="attention",
+    head="stats",
     window="natural",
     seconds=6.0,
     epochs=20,
@@ -52,10 +52,10 @@ FAST = dict(
 )
 HUBERT_SMALL = str(evaluate.DATA / "hubert-small")
 PRESETS = {
-    "toy": FAST | dict(backbone=HUBERT_SMALL, exits=[2, 4, 6], seconds=2.0, epochs=12, batch_size=8, lr=5e-4,
+    "toy": FAST | dict(backbone=HUBERT_SMALL, exits=[1, 2, 6], seconds=2.0, epochs=12, batch_size=8, lr=5e-4,
                        dtype="float32"),
-    "scratch": FAST | dict(backbone="tiny", seconds=3.0, epochs=10, lr=2e-3, head_lr=2e-3, freeze_cnn=False,
-                           dtype="float32"),
+    "scratch": FAST | dict(backbone="tiny", head="attention", seconds=3.0, epochs=10, lr=2e-3, head_lr=2e-3,
+                           freeze_cnn=False, dtype="float32"),
     "paper": FAST | dict(head="gru", window="tile", seconds=5.984, lr=3e-5, head_lr=3e-5,
                          weight_decay=0.0, schedule="constant", max_norm=None, freeze_cnn=False, dtype="float32"),
     "fast": FAST,

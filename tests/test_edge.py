@@ -157,9 +157,9 @@ def test_benchmark_of_a_checkpoint(tmp_path):
     assert rows[2]["peak_rss_mb"] < rows[0]["peak_rss_mb"]  # without torch
 
 
-@pytest.mark.parametrize(("flags", "heads"), [("", ["attention", "mean"]), ("--head gru", ["gru", "mean"])])
+@pytest.mark.parametrize(("flags", "heads"), [("", ["stats", "stats"]), ("--head gru", ["gru", "mean"])])
 def test_medians_tails_and_heads(tmp_path, monkeypatch, flags, heads):
-    """p50 and p95 of made-up times; a built-in shape gets attention heads, as `fast` trains, or those asked for."""
+    """p50 and p95 of made-up times; a built-in shape gets the heads of `fast`, or those asked for."""
     times, exact = {("torch", 0.1): list(range(1, 101))}, Mock(wraps=benchmark_edge.exact_probabilities)
     monkeypatch.setattr(benchmark_edge, "measure", Mock(return_value=times))
     monkeypatch.setattr(benchmark_edge, "exact_probabilities", exact)
