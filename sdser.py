@@ -282,10 +282,6 @@ class MultiExitSER(
 
     def embed_frames(self, waveforms: Tensor, lengths: Tensor | None = None) -> Frames:
         """Everything before the transformer layers: normalisation, convolutions, projection, time mask, positions."""
-        return self.add_positions(self.extract_features(waveforms, lengths))
-
-    def extract_features(self, waveforms: Tensor, lengths: Tensor | None = None) -> Frames:
-        """Turns waveforms (B, samples) into frames, which do not yet know where in the clip they are."""
         config, lengths = self.backbone.config, self.real_lengths(waveforms, lengths)  # None where nothing is padded
         valid = None if lengths is None else valid_mask(lengths, waveforms.shape[1])  # (B, samples)
         if config.do_normalize:
@@ -293,10 +289,8 @@ class MultiExitSER(
         elif valid is not None:
             waveforms = torch.where(valid, waveforms, 0)
 
-        x, frame_counts = (
-            waveforms[:, None].to(self.backbone.dtype),
-            lengths,
-        )  # (B, 1, samples); still counts of samples
+        x = waveforms[:, None].to(self.backbone.dtype)  # (B, 1, samples)
+        frame_counts = lengths  # (B,), still counts of samples
         for i, layer in enumerate(self.backbone.feature_extractor.conv_layers):
             if lengths is not None:  # no convolution pads, so a clip's first frames come from its own samples only
                 frame_counts = (frame_counts - config.conv_kernel[i]) // config.conv_stride[i] + 1  # (B,)
@@ -308,7 +302,9 @@ class MultiExitSER(
 
         hidden = first(self.backbone.feature_projection(x.transpose(1, 2)))  # (B, frames, D), one frame per 20 ms
         hidden = hidden.to(self.backbone.dtype)  # autocast has made it bfloat16
-        return Frames(hidden, None if lengths is None else valid_mask(frame_counts, hidden.shape[1]))
+        return self.add_positions(
+            Frames(hidden, None if lengths is None else valid_mask(frame_counts, hidden.shape[1]))
+        )
 
     def add_positions(self, frames: Frames) -> Frames:
         """Masks spans of frames in training, and adds what tells the layers where in the clip a frame is."""
