@@ -43,8 +43,6 @@ SAMPLE_RATE = 16_000
 HEADS = ("gru", "lstm", "attention", "mean", "stats")
 __version__ = "1.0.0"
 
-warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")  # WavLM's layers: a bool and a float mask
-
 
 # -- the exits ---------------------------------------------------------------------------------------------------------
 class Frames(NamedTuple):
@@ -97,13 +95,6 @@ class ExitHead(nn.Module):
             variance = mean_over_time((hidden - embedding[:, None]).square(), valid)
             embedding = torch.cat([embedding, (variance + 1e-5).sqrt()], -1)  # (B, 2 D)
         return self.classifier(self.projector(embedding)), embedding  # no activation in between, as in the paper
-
-
-def mean_over_time(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Averages (B, T, D) over each clip's own frames; returns (B, D)."""
-    if valid is None:
-        return x.mean(1)
-    return torch.where(valid[..., None], x, 0).sum(1) / valid.sum(1, keepdim=True)
 
 
 class ExitOutput(NamedTuple):
@@ -197,11 +188,6 @@ def should_stop(logits: Tensor, threshold: float | Tensor) -> Tensor:
     or (B,). By this rule, a clip leaves when the latest exit's top probability reaches the threshold.
     """
     return probabilities(logits[-1]).amax(-1) >= threshold
-
-
-def check_threshold(threshold: float) -> None:
-    if not min(THRESHOLDS) <= threshold <= max(THRESHOLDS):
-        raise InputError(f"threshold {threshold}: expected a number from {min(THRESHOLDS)} to {max(THRESHOLDS)}")
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -506,7 +492,12 @@ class MultiExitSER(
         if tile_seconds is not None and not 0.025 <= tile_seconds <= MAX_SECONDS:
             raise InputError(f"tile_seconds {tile_seconds}: expected a number from 0.025 to {MAX_SECONDS}, or None")
         if threshold is not None:
-            check_threshold(threshold)
+            MultiExitSER.check_threshold(threshold)
+
+    @staticmethod
+    def check_threshold(threshold: float) -> None:
+        if not min(THRESHOLDS) <= threshold <= max(THRESHOLDS):
+            raise InputError(f"threshold {threshold}: expected a number from {min(THRESHOLDS)} to {max(THRESHOLDS)}")
 
     @staticmethod
     def real_lengths(waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
@@ -531,7 +522,7 @@ class MultiExitSER(
     def check_early_exit(self, threshold: float) -> None:
         if self.training:  # dropout and masks would decide
             raise InputError("early_exit needs a model in evaluation mode: call model.eval() first")
-        check_threshold(threshold)
+        self.check_threshold(threshold)
 
     def check_exit(self, exit: int) -> None:
         if exit not in self.exits:
@@ -582,6 +573,13 @@ def normalize_each(norm: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
     """
     clips = [norm(clip[..., :length]) for clip, length in zip(x.split(1), lengths.tolist())]
     return torch.cat([F.pad(clip, (0, x.shape[-1] - clip.shape[-1])) for clip in clips])
+
+
+def mean_over_time(x: Tensor, valid: Tensor | None) -> Tensor:
+    """Averages (B, T, D) over each clip's own frames; returns (B, D)."""
+    if valid is None:
+        return x.mean(1)
+    return torch.where(valid[..., None], x, 0).sum(1) / valid.sum(1, keepdim=True)
 
 
 def keep_clips(frames: Frames, clips: Tensor) -> Frames:
@@ -641,6 +639,8 @@ SIZES = {
     ),
 }  # fmt: skip
 
+
+warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")  # WavLM's layers: a bool and a float mask
 
 # The families of backbones: for each, what is read here and its config leaves out. do_normalize: whether the backbone
 # was trained on zero-mean, unit-variance waveforms; `transformers` keeps that elsewhere, see reads_normalized.
