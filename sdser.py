@@ -115,14 +115,9 @@ def probabilities(logits: Tensor) -> Tensor:
 
 
 def self_distillation_loss(
-    outputs: list[ExitOutput],
-    targets: Tensor,
-    kl_weight: float = 1.0,
-    hint_weight: float = 1.0,
-    temperature: float = 1.0,
-    detach_teacher: bool = True,
-    class_weights: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    outputs: list[ExitOutput], targets: Tensor, kl_weight: float = 1.0, hint_weight: float = 1.0,
+    temperature: float = 1.0, detach_teacher: bool = True, class_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The paper's loss, with its KL term fixed: all exits learn the labels, the shallow ones also from the deepest.
 
         L = CE(z_d, y) + 1/|S| Σ_{k in S} [ CE(z_k, y) + α T² KL(softmax(z_d/T) ‖ softmax(z_k/T)) + β MSE(f_k, f_d) ]
@@ -225,14 +220,9 @@ class MultiExitSER(
     """
 
     def __init__(
-        self,
-        labels: list[str],
-        backbone: str | dict = "facebook/wav2vec2-base",
-        exits: list[int] | None = None,
-        head: str | list[str] = "gru",
-        tile_seconds: float | None = None,
-        threshold: float | None = None,
-    ):
+        self, labels: list[str], backbone: str | dict = "facebook/wav2vec2-base", exits: list[int] | None = None,
+        head: str | list[str] = "gru", tile_seconds: float | None = None, threshold: float | None = None,
+    ):  # fmt: skip
         super().__init__()
         config = load_config(backbone)
         if exits is None:
@@ -625,18 +615,13 @@ def sample_time_mask(config: transformers.PretrainedConfig, hidden: Tensor, vali
 # facebook/wav2vec2-base, so "base" is exactly that model; "large" is facebook/wav2vec2-large-lv60, a pre-LN
 # layout: each sublayer is normalised before it, not after it.
 SIZES = {
-    "tiny": dict(
-        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, conv_dim=[32] * 7,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
-    ),
-    "small": dict(
-        hidden_size=192, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768, conv_dim=[96] * 7,
-    ),
+    "tiny": dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, conv_dim=[32] * 7,
+                 num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4),
+    "small": dict(hidden_size=192, num_hidden_layers=6, num_attention_heads=4, intermediate_size=768,
+                  conv_dim=[96] * 7),
     "base": dict(feat_proj_dropout=0.1),
-    "large": dict(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
-        feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True,
-    ),
+    "large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
+                  feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True),
 }  # fmt: skip
 
 
