@@ -409,10 +409,6 @@ class MultiExitSER(
         small.load_state_dict({name: weights[name] for name in small.state_dict()})
         return small.train(self.training)
 
-    def freeze_convolutions(self) -> None:
-        """Freezes the convolutional encoder; everything else stays as trainable as it was."""
-        self.backbone.feature_extractor.requires_grad_(False)
-
     def save_pretrained(self, folder, push_to_hub: bool = False, repo_id=None, model_card_kwargs=None, **hub) -> None:
         """Writes model.safetensors and config.json, the Hub's convention, each whole or not at all.
 

@@ -246,7 +246,7 @@ def autocast(args):
 def make_optimizer(model: sdser.MultiExitSER, args, steps: int):
     """Freezes what is not trained; returns AdamW for the rest, and its learning-rate schedule over `steps`."""
     if args.freeze_cnn:
-        model.freeze_convolutions()
+        model.backbone.feature_extractor.requires_grad_(False)
     if args.lr == 0:
         model.backbone.requires_grad_(False)
     groups = [
