@@ -325,14 +325,8 @@ class MultiExitSER(
 
         The deepest exit decides for the clips that stay to the end. Clips that have left are dropped from the batch,
         and the others are trimmed to the longest that stays: no layer runs unless some clip needs it.
-
-        Args:
-            waveforms, lengths: as in `forward`.
-            threshold: within the range of THRESHOLDS.
-        Returns:
-            logits (B, C) and the exit (B,) int64 that gave them.
-        Raises:
-            InputError: as in `forward`; also in training mode, and for a threshold outside the range.
+        Takes what `forward` takes; returns logits (B, C) and the exit (B,) int64 that gave them. Raises InputError as
+        `forward` does, and in training mode, and for a threshold outside the range of THRESHOLDS.
         """
         self.check_early_exit(threshold)
         frames = self.embed_frames(waveforms, lengths)
@@ -487,19 +481,13 @@ class MultiExitSER(
 
     @staticmethod
     def real_lengths(waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
-        """Returns the lengths, on the waveforms' device, or None if no clip is padded.
-
-        Raises InputError unless the arguments form a batch.
-        """
+        """Checks a batch; returns its lengths, on the waveforms' device, or None if no clip is padded."""
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
-            raise InputError(
-                f"waveforms: expected a (B, T) float tensor, not {waveforms.dtype} {tuple(waveforms.shape)}"
-            )
+            shape = tuple(waveforms.shape)
+            raise InputError(f"waveforms: expected a (B, T) float tensor, not {waveforms.dtype} {shape}")
         size = waveforms.shape[1]
         if lengths is not None and lengths.shape != waveforms.shape[:1]:
-            raise InputError(
-                f"lengths of shape {tuple(lengths.shape)}: expected one for each of {len(waveforms)} clips"
-            )
+            raise InputError(f"lengths {tuple(lengths.shape)}: expected one for each of {len(waveforms)} clips")
         shortest, longest = (size, size) if lengths is None else (int(lengths.min()), int(lengths.max()))
         if shortest < MIN_SAMPLES or longest > size:
             raise InputError(f"lengths {shortest} to {longest}: expected {MIN_SAMPLES} (one frame) to {size}")
@@ -784,9 +772,8 @@ def open_audio(file):
     else:
         name = file = os.fspath(file)
         if not os.path.isfile(file):
-            raise FileNotFoundError(
-                f"{file}: {'a folder, not an audio file' if os.path.isdir(file) else 'no such file'}"
-            )
+            problem = "a folder, not an audio file" if os.path.isdir(file) else "no such file"
+            raise FileNotFoundError(f"{file}: {problem}")
     with file_errors(name, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
         sound = soundfile.SoundFile(file)
     with sound:
