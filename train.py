@@ -36,20 +36,13 @@ from sdser import InputError
 # The recipes; a flag given on the command line wins. fast: for pre-trained backbones, the one we recommend. toy:
 # fine-tunes the small network in data/, in two minutes on a CPU. scratch: for random weights. paper: the paper's.
 FAST = dict(
-    backbone="facebook/wav2vec2-base",
-    head="stats",
-    window="natural",
-    seconds=6.0,
-    epochs=20,
-    batch_size=16,
-    lr=5e-5,  # of the backbone
-    head_lr=1e-3,
+    backbone="facebook/wav2vec2-base", head="stats", window="natural", seconds=6.0, epochs=20, batch_size=16,
+    lr=5e-5, head_lr=1e-3, freeze_cnn=True,  # lr: of the backbone
     weight_decay=0.01,  # AdamW; at 0 it is Adam
     schedule="cosine",  # of the learning rates, after a warm-up over a tenth of the steps
     max_norm=1.0,  # to which gradients are clipped; None: they are not
-    freeze_cnn=True,
     dtype="auto",  # bfloat16 if the hardware supports it
-)
+)  # fmt: skip
 HUBERT_SMALL = str(evaluate.DATA / "hubert-small")
 PRESETS = {
     "toy": FAST | dict(backbone=HUBERT_SMALL, exits=[1, 2, 6], seconds=2.0, epochs=12, batch_size=8, lr=5e-4,
