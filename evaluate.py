@@ -542,11 +542,6 @@ def logits_by_row(exits: list[int], logits: Tensor, thresholds: float | Tensor |
     return rows
 
 
-def score_rows(targets: Tensor, logits: dict) -> list[dict]:
-    """Returns a table's rows with their scores: [{"exit": 2, "uar": 0.8, ...}, ..., {"exit": "fusion", ...}, ...]."""
-    return [{"exit": name, **scores(targets, row_logits)} for name, row_logits in logits.items()]
-
-
 class Pool(NamedTuple):
     """N clips, pooled over runs with the same architecture, and each clip's logits from its own run."""
 
@@ -670,7 +665,7 @@ def evaluate(args) -> dict:
         pool = pool._replace(run_thresholds=choose_thresholds(args))
     model, clips, targets, thresholds = pool.model, pool.clips, pool.targets, pool.thresholds
     logits = logits_by_row(model.exits, pool.logits, thresholds)
-    rows = score_rows(targets, logits)
+    rows = [{"exit": name, **scores(targets, row_logits)} for name, row_logits in logits.items()]
     results = {
         "labels": model.labels,
         "checkpoints": args.checkpoints,

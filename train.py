@@ -177,9 +177,10 @@ def run(args: argparse.Namespace) -> None:
         line = {"epoch": epoch, **losses, "lr": scheduler.get_last_lr()[0]}
         message = f"{title}  loss {losses['loss']:.3f}"
         if dev_clips:
-            dev_targets, dev_logits = predict(model, dev_clips, args)
-            line["dev"] = score(model, dev_targets, dev_logits)
-            model.threshold = evaluate.choose_threshold(dev_targets, dev_logits, TOLERANCE)
+            logits = evaluate.predict(model, dev_clips, args.batch_size, args.workers)
+            line["dev"] = score(model, dev_clips, logits)
+            dev_targets = evaluate.targets_of(dev_clips, labels)
+            model.threshold = evaluate.choose_threshold(dev_targets, logits, TOLERANCE)
             message += f"  dev {evaluate.METRIC.upper()} at exit"
             for row in line["dev"]["exits"]:
                 message += f"  {row['exit']}: {row[evaluate.METRIC]:.3f}"
@@ -192,7 +193,8 @@ def run(args: argparse.Namespace) -> None:
     results = {"labels": labels, "args": vars(args), "seconds": round(time.time() - start, 1)}
     if dev_clips:
         results["dev"] = log[-1]["dev"]
-    results["test"] = score(model, *predict(model, test_clips, args))
+    logits = evaluate.predict(model, test_clips, args.batch_size, args.workers)
+    results["test"] = score(model, test_clips, logits)
     if RANK == 0:
         sdser.replace_file(out / "results.json", json.dumps(results, indent=2))
         report(results, model.threshold, len(dev_clips), out)
@@ -373,18 +375,14 @@ def short(path: str) -> str:
     return os.path.relpath(path, evaluate.HERE) if Path(path).is_relative_to(evaluate.HERE) else path
 
 
-def predict(model: sdser.MultiExitSER, clips: list[Clip], args) -> tuple[Tensor, Tensor]:
-    """Returns the targets (N,) and logits (exits, N, C) of clips, computed in float32."""
-    logits = evaluate.predict(model, clips, args.batch_size, args.workers)
-    return evaluate.targets_of(clips, model.labels), logits
-
-
 # -- what a run writes and reads back ---------------------------------------------------------------------------------
-def score(model: sdser.MultiExitSER, targets: Tensor, logits: Tensor) -> dict:
+def score(model: sdser.MultiExitSER, clips: list[Clip], logits: Tensor) -> dict:
     """Returns {"exits": [{"exit": 2, "uar": 0.8, ...}, ...], "fusion": {...}}; fusion only of two students or more."""
-    rows = {row.pop("exit"): row for row in evaluate.score_rows(targets, evaluate.logits_by_row(model.exits, logits))}
-    fusion = {"fusion": rows.pop("fusion")} if "fusion" in rows else {}
-    return {"exits": [{"exit": exit, **row} for exit, row in rows.items()], **fusion}
+    targets, rows = evaluate.targets_of(clips, model.labels), evaluate.logits_by_row(model.exits, logits)
+    scored = {"exits": [{"exit": k, **evaluate.scores(targets, rows[k])} for k in model.exits]}
+    if "fusion" in rows:
+        scored["fusion"] = evaluate.scores(targets, rows["fusion"])
+    return scored
 
 
 def save_epoch(out: Path, args, clips: list[Clip], log: list[dict], model, optimizer, scheduler) -> None:
