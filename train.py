@@ -208,7 +208,7 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, title: str)
     sums = Counter()
     bar = evaluate.progress(evaluate.load_batches(dataset, my_batches, args.workers), title, len(batches))
     for i, (waveforms, lengths, targets) in enumerate(bar):
-        with autocast(args):
+        with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             outputs = model(waveforms.to(args.device), lengths)
         loss, parts = sdser.self_distillation_loss(
             outputs, targets.to(args.device), args.kl_weight, args.hint_weight, args.temperature,
@@ -231,10 +231,6 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, title: str)
     if WORLD > 1:
         dist.all_reduce(totals)  # over the processes
     return dict(zip(sums, (totals / len(dataset.clips)).tolist()))
-
-
-def autocast(args):
-    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
 
 # -- what the loop needs ----------------------------------------------------------------------------------------------
