@@ -339,14 +339,12 @@ def load_data(args) -> tuple[list[str], list[Clip]]:
         clips = evaluate.inspect_clips(clips, skip_bad=args.skip_bad)
         evaluate.check_splits(clips, splits)  # bad clips may be left out
         clips = take_fraction(clips, args.label_fraction, args.seed)
-    for kind, names in (
-        ("labels", {clip.label for clip in clips}),
-        ("speakers", {clip.speaker or "" for clip in clips}),
-    ):
+    for kind in ("label", "speaker"):
+        names = {getattr(clip, kind) or "" for clip in clips}
         spellings = Counter(name.casefold() for name in names)
         alike = sorted(name for name in names if spellings[name.casefold()] > 1)
         if alike:
-            warnings.warn(f"{args.data}: some {kind} differ only in case: {', '.join(alike)}", stacklevel=2)
+            warnings.warn(f"{args.data}: some {kind}s differ only in case: {', '.join(alike)}", stacklevel=2)
     counts = Counter(clip.label for clip in clips)
     print(f"{short(args.data)}: {', '.join(f'{label} {counts[label]}' for label in sorted(counts))}")
     for split in splits:
