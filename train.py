@@ -130,8 +130,7 @@ def run(args: argparse.Namespace) -> None:
     start, out = time.time(), Path(args.out)
     state = read_state(out) if args.resume else None
     if state:
-        own = {"resume": True, "out": args.out, "device": args.device, "workers": args.workers}
-        args = argparse.Namespace(**{**vars(args), **state["args"], **own})
+        vars(args).update({name: value for name, value in state["args"].items() if f"--{name}" not in WITH_RESUME})
     elif out.is_dir() and any(out.iterdir()):
         raise InputError(f"--out {out}: is not empty; choose another folder, or --resume the run in it")
     args.device = evaluate.usable_device(args.device)
