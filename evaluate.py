@@ -340,10 +340,8 @@ class ClipDataset(Dataset):
         return self.read(i), target_of(self.clips[i], self.labels)
 
     def read(self, i: int) -> Tensor:
-        path = self.clips[i].path
-        if self.tile_seconds:
-            return sdser.tile(sdser.load_audio(path, 0.0, self.tile_seconds), self.tile_seconds)
-        return sdser.load_audio(path)
+        waveform = sdser.load_audio(self.clips[i].path, seconds=self.tile_seconds)
+        return sdser.tile(waveform, self.tile_seconds) if self.tile_seconds else waveform
 
 
 def load_batches(dataset: ClipDataset, batches: list[list[int]], workers: int) -> DataLoader:
