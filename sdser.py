@@ -371,7 +371,6 @@ class MultiExitSER(
                 raise InputError('threshold "auto": this model has no threshold; pass a number from 0 to 1')
         if exit is None:
             exit = self.exits[-1]
-        self.check_exit(exit)
         modes = {module: module.training for module in self.modules()}
         self.eval()
         predictions = []
