@@ -511,7 +511,6 @@ class Prediction(NamedTuple):
 
 
 # -- padding, and the time mask ---------------------------------------------------------------------------------------
-
 # Padding could leak wherever frames mix: in the normalisation of the waveform, in the norm over time after the first
 # convolution of "base" models, in the position convolution, in attention, and where an exit pools. Each of these looks
 # only at a clip's own frames. Nothing else mixes them: convolutions 2 to 7 pad nothing, so a clip's first frames, as
@@ -593,7 +592,6 @@ def sample_time_mask(config: transformers.PretrainedConfig, hidden: Tensor, vali
 
 
 # -- the backbone: convolutional encoder and transformer, from `transformers` -----------------------------------------
-
 # Built-in shapes with random weights, of about 1, 3, 95 and 315 million parameters. What is not named is as in
 # facebook/wav2vec2-base, so "base" is exactly that model; "large" is facebook/wav2vec2-large-lv60, a pre-LN
 # layout: each sublayer is normalised before it, not after it.
