@@ -295,17 +295,16 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
                 for exit, seconds in product(args.exits, args.seconds)}  # fmt: skip
         model.to("meta")  # frees its memory; from here on, only its shapes are needed
         for exit in evaluate.progress(args.exits, "exits", len(args.exits)):
-            files = {}  # path -> precision; several backends may run one file
-            for _, ending, precision in (BACKENDS[backend] for backend in args.backends):
-                files[os.path.join(folder, f"{exit}-{precision}{ending}")] = precision
+            paths, columns = {}, {}  # by backend; several may run one file
+            for backend in args.backends:
+                _, ending, precision = BACKENDS[backend]
+                paths[backend] = os.path.join(folder, f"{exit}-{precision}{ending}")
+            files = sorted({(BACKENDS[backend][2], path) for backend, path in paths.items()})
             # exporting takes gigabytes, which only the end of a process gives back
             whole = f"sdser.MultiExitSER.from_pretrained({os.path.join(folder, 'model')!r})"
-            listed = [(precision, path) for path, precision in files.items()]
-            run_apart(f"import sdser\nfrom benchmark_edge import export\nexport({whole}, {exit}, {listed!r})")
-            paths, columns = {}, {}
-            for backend in args.backends:
-                load, ending, precision = BACKENDS[backend]
-                path = paths[backend] = os.path.join(folder, f"{exit}-{precision}{ending}")
+            run_apart(f"import sdser\nfrom benchmark_edge import export\nexport({whole}, {exit}, {files!r})")
+            for backend, path in paths.items():
+                load = BACKENDS[backend][0]
                 columns[backend] = {
                     "peak_rss_mb": peak_megabytes(load, path, max(args.threads), samples),
                     "parameters": evaluate.count_parameters(model, [exit]),
