@@ -678,13 +678,11 @@ def evaluate(args) -> dict:
     left_at = None if thresholds is None else exit_index(pool.logits, thresholds)  # (N,)
     costs, on_the_way = row_costs(model, float(np.mean([clip.seconds for clip in clips])), left_at)
     draws = bootstrap(targets, torch.stack(list(logits.values())), pool.units)
-    for row, row_draws in zip(rows, draws):
+    for row, row_logits, row_draws in zip(rows, logits.values(), draws):
         row[f"{METRIC}_ci95"] = interval(row_draws, pool.units)
-        by_run = [
-            metric(targets[pool.run == i], logits[row["exit"]][pool.run == i]) for i in range(len(args.checkpoints))
-        ]
+        by_run = [metric(targets[pool.run == i], row_logits[pool.run == i]) for i in range(len(args.checkpoints))]
         row[f"{METRIC}_sd_over_runs"] = float(np.std(by_run, ddof=1)) if len(by_run) > 1 else None
-        row.update(by_label(targets, logits[row["exit"]], model.labels), **costs[row["exit"]])
+        row.update(by_label(targets, row_logits, model.labels), **costs[row["exit"]])
     if left_at is not None:
         results["exit_share"] = {str(k): float((left_at == i).double().mean()) for i, k in enumerate(model.exits)}
         results["mean_layers"] = costs["early exit"]["layers"]
