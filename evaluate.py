@@ -128,10 +128,9 @@ def load_corpus(source) -> list[Clip]:
 def read_folder(folder: str) -> list[Clip]:
     """Returns the clips of a folder, by the file-name pattern of CORPORA that fits most of its audio files."""
     files = audio_files(folder)
-    matches = {}  # corpus -> a match, or None, for each file
-    for corpus, (pattern, _) in CORPORA.items():
-        pattern = re.compile(rf"(?:.*/)?{pattern}")
-        matches[corpus] = [pattern.fullmatch(path.with_suffix("").as_posix()) for path in files]
+    names = [path.with_suffix("").as_posix() for path in files]
+    matches = {corpus: [re.fullmatch(rf"(?:.*/)?{pattern}", name) for name in names]
+               for corpus, (pattern, _) in CORPORA.items()}  # fmt: skip
     corpus = min(CORPORA, key=lambda corpus: matches[corpus].count(None))
     clips, copies, skipped, meaning = {}, [], [], CORPORA[corpus][1]
     for path, match in zip(files, matches[corpus]):
@@ -149,9 +148,8 @@ def read_folder(folder: str) -> list[Clip]:
     if not clips:
         raise InputError(f"{folder}: {files[0].name} matches no known corpus ({', '.join(CORPORA)}); write a manifest")
     if skipped:
-        warnings.warn(
-            f"{folder}: skipped {len(skipped)} files that are not {corpus}, such as {skipped[0]}", stacklevel=3
-        )
+        message = f"skipped {len(skipped)} files that are not {corpus}, such as {skipped[0]}"
+        warnings.warn(f"{folder}: {message}", stacklevel=3)
     if copies:
         warnings.warn(f"{folder}: ignored {len(copies)} duplicates: {copies[0]}", stacklevel=3)
     return list(clips.values())
@@ -197,9 +195,8 @@ def read_manifest(manifest: str) -> list[Clip]:
     if not clips:
         raise InputError(f"{manifest}: lists no clips")
     if others:
-        warnings.warn(
-            f"{manifest}: columns that are kept with the clips, but not used: {', '.join(others)}", stacklevel=3
-        )
+        message = f"columns that are kept with the clips, but not used: {', '.join(others)}"
+        warnings.warn(f"{manifest}: {message}", stacklevel=3)
     if repeated:
         warnings.warn(f"{manifest}: ignored {len(repeated)} duplicates: {repeated[0]}", stacklevel=3)
     return list(clips.values())
