@@ -398,6 +398,7 @@ def progress(steps, title: str, total: int) -> tqdm:
 
 # -- scores, and their intervals --------------------------------------------------------------------------------------
 METRIC = "uar"  # the score by which thresholds are chosen, and the one with intervals
+DRAWS = 2000  # of the bootstrap
 
 
 def scores(targets: Tensor, logits: Tensor) -> dict[str, float]:
@@ -430,10 +431,6 @@ def confusion_matrix(targets: Tensor, logits: Tensor) -> np.ndarray:
         targets = targets.argmax(-1)
     cells = targets * classes + logits.argmax(-1)
     return np.bincount(cells.numpy(), minlength=classes**2).reshape(classes, classes)
-
-
-# -- intervals --------------------------------------------------------------------------------------------------------
-DRAWS = 2000  # of the bootstrap
 
 
 def bootstrap(targets: Tensor, logits: Tensor, units: list[str]) -> np.ndarray:
