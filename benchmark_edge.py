@@ -44,10 +44,7 @@ LARGEST_ONNX = 1.5 * 2**30  # bytes of weights; beyond 2 GiB, protobuf writes no
 
 
 def export(model: sdser.MultiExitSER, exit: int, files: list[tuple[str, str]]) -> None:
-    """Writes one exit as files or folders, each given by its precision and path; the .onnx among them by one export.
-
-    Raises InputError, saying what is possible, if one cannot be written.
-    """
+    """Writes one exit as files or folders, each a precision and a path; raises InputError if one is not possible."""
     for precision, path in files:
         check_export(precision, path, evaluate.count_parameters(model, [exit]))
     model = model.truncate(exit)
@@ -98,10 +95,7 @@ class ExportedExit(nn.Module):
 
 
 def write_onnx(small: sdser.MultiExitSER, path: str) -> None:
-    """Writes a model of one exit, with its labels, as one .onnx file, which takes clips of any length.
-
-    Changes the model on the way.
-    """
+    """Writes a model of one exit and its labels as an .onnx for clips of any length; changes the model on the way."""
     # A recurrent network must be exported as a loop, or the length of the traced clip is baked in.
     from torch.export._patches import register_gru_while_loop_decomposition as gru_loop
     from torch.export._patches import register_lstm_while_loop_decomposition as lstm_loop

@@ -899,10 +899,7 @@ def usable_device(name: str | None) -> str:
 
 
 def check_writable(path, folder: bool = False) -> None:
-    """Raises InputError, before the work rather than after it, if a file, or files in a folder, cannot be written.
-
-    Creates the folder.
-    """
+    """Raises InputError, before the work, if a file, or files in a folder, cannot be written; creates the folder."""
     with sdser.file_errors(path, "cannot be written", "choose another path"):
         if folder:
             os.makedirs(path, exist_ok=True)

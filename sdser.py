@@ -539,10 +539,7 @@ def standardize(waveforms: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def normalize_each(norm: nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
-    """Applies a norm over time to each clip's own frames, zero-padded at the end.
-
-    x: (B, channels, T); lengths: (B,) in frames.
-    """
+    """Applies a norm over time to each clip's own frames of x (B, channels, T), lengths (B,); zero-pads the end."""
     clips = [norm(clip[..., :length]) for clip, length in zip(x.split(1), lengths.tolist())]
     return torch.cat([F.pad(clip, (0, x.shape[-1] - clip.shape[-1])) for clip in clips])
 
@@ -889,10 +886,7 @@ def check_weights(path, expected: dict[str, Tensor], found: dict[str, Tensor]) -
 
 
 def replace_file(path, content: bytes | str) -> None:
-    """Writes a file whole or not at all: a failure leaves what was there.
-
-    Symlinks are kept; special files such as /dev/stdout are written to directly.
-    """
+    """Writes a file whole, or leaves what was there; keeps symlinks, and writes straight to such as /dev/stdout."""
     content = content.encode() if isinstance(content, str) else content
     with file_errors(path, "cannot be written", "free some space or choose another path"):
         if os.path.exists(path) and not os.path.isfile(path):
