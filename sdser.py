@@ -197,12 +197,9 @@ def should_stop(logits: Tensor, threshold: float | Tensor) -> Tensor:
 
 
 class MultiExitSER(
-    nn.Module,
-    huggingface_hub.PyTorchModelHubMixin,  # push_to_hub, and a model card with what follows
-    library_name="sdser",
-    paper_url="https://arxiv.org/abs/2210.14636",
-    pipeline_tag="audio-classification",
-):
+    nn.Module, huggingface_hub.PyTorchModelHubMixin,  # push_to_hub, and a model card with what follows
+    library_name="sdser", paper_url="https://arxiv.org/abs/2210.14636", pipeline_tag="audio-classification",
+):  # fmt: skip
     """A speech transformer with a classifier at several depths.
 
     Args:
@@ -233,8 +230,8 @@ class MultiExitSER(
         self.labels, self.exits, self.head_kinds = list(labels), list(exits), list(head)
         self.tile_seconds, self.threshold = tile_seconds, threshold
         self.backbone = load_backbone(backbone, config, layers=exits[-1])
-        heads = {str(exit): ExitHead(kind, config.hidden_size, len(labels)) for exit, kind in zip(exits, head)}
-        self.heads = nn.ModuleDict(heads)
+        width, classes = config.hidden_size, len(labels)
+        self.heads = nn.ModuleDict({str(k): ExitHead(kind, width, classes) for k, kind in zip(exits, head)})
 
     def forward(self, waveforms: Tensor, lengths: Tensor | None = None, exit: int | None = None) -> list[ExitOutput]:
         """Runs only the layers that the requested exits need; no frame of a clip reads padding (see "padding" below).
@@ -430,11 +427,10 @@ class MultiExitSER(
         """
         checkpoint = folder = os.fspath(checkpoint)
         advice = "expected what train.py and model.save_pretrained write: config.json and model.safetensors"
+        files = ["config.json", "model.safetensors"]
         if not os.path.isdir(folder):
             with file_errors(checkpoint, "neither a folder nor a reachable Hub model", advice, FileNotFoundError):
-                folder = huggingface_hub.snapshot_download(
-                    checkpoint, allow_patterns=["config.json", "model.safetensors"], **hub
-                )
+                folder = huggingface_hub.snapshot_download(checkpoint, allow_patterns=files, **hub)
         with file_errors(checkpoint, "incomplete or damaged sdser checkpoint", advice):
             saved = json.loads(Path(folder, "config.json").read_text())
             names = ("labels", "backbone", "exits", "head", "tile_seconds", "threshold")
