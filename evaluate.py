@@ -541,7 +541,7 @@ class Pool(NamedTuple):
     clips: list[Clip]
     run: Tensor  # (N,) the index of each clip's checkpoint
     logits: Tensor  # (exits, N, C)
-    run_thresholds: list[float | None]  # of each checkpoint
+    thresholds: list[float | None]  # of each checkpoint
 
     @property
     def targets(self) -> Tensor:
@@ -552,11 +552,6 @@ class Pool(NamedTuple):
         """What the bootstrap draws, (N,): each clip's speaker, or the clip itself if any speaker is unknown."""
         known = all(clip.speaker for clip in self.clips)
         return [clip.speaker if known else clip.path for clip in self.clips]
-
-    @property
-    def thresholds(self) -> Tensor | None:
-        """The threshold of each clip's run, (N,); None if a run has none."""
-        return None if None in self.run_thresholds else torch.tensor(self.run_thresholds)[self.run]
 
 
 def score_runs(checkpoints: list[str], split: str | None, source: str | None, device: str) -> Pool:
@@ -653,9 +648,9 @@ def row_costs(model: sdser.MultiExitSER, seconds: float, left_at: Tensor | None)
 def evaluate(args) -> dict:
     """Returns everything that goes into the JSON."""
     pool = score_runs(args.checkpoints, args.split, args.data, args.device)
-    if args.tolerance is not None:
-        pool = pool._replace(run_thresholds=choose_thresholds(args))
-    model, clips, targets, thresholds = pool.model, pool.clips, pool.targets, pool.thresholds
+    model, clips, targets = pool.model, pool.clips, pool.targets
+    run_thresholds = pool.thresholds if args.tolerance is None else choose_thresholds(args)
+    thresholds = None if None in run_thresholds else torch.tensor(run_thresholds)[pool.run]  # (N,)
     logits = logits_by_row(model.exits, pool.logits, thresholds)
     rows = [{"exit": name, **scores(targets, row_logits)} for name, row_logits in logits.items()]
     results = {
@@ -667,7 +662,7 @@ def evaluate(args) -> dict:
         "chance": 1 / len(labels_of(clips)),
         "scores": list(rows[0])[1:],
         "rows": rows,
-        "thresholds": pool.run_thresholds,
+        "thresholds": run_thresholds,
     }
     left_at = None if thresholds is None else exit_index(pool.logits, thresholds)  # (N,)
     costs, on_the_way = row_costs(model, float(np.mean([clip.seconds for clip in clips])), left_at)
@@ -697,10 +692,10 @@ def evaluate(args) -> dict:
 
 def choose_thresholds(args) -> list[float]:
     """Chooses a threshold for each run on its own dev clips, within --tolerance; for this report only."""
-    dev = score_runs(args.checkpoints, "dev", None, args.device)
     thresholds = []
-    for i, checkpoint in enumerate(args.checkpoints):
-        threshold = choose_threshold(dev.targets[dev.run == i], dev.logits[:, dev.run == i], args.tolerance)
+    for checkpoint in args.checkpoints:
+        dev = score_runs([checkpoint], "dev", None, args.device)
+        threshold = choose_threshold(dev.targets, dev.logits, args.tolerance)
         if threshold is None:
             raise InputError(f"{checkpoint}: no threshold keeps dev within {args.tolerance}; use a larger --tolerance")
         thresholds.append(threshold)
