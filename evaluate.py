@@ -725,8 +725,7 @@ def report(results: dict, args) -> None:
         values = "".join(f"  {row[name]:8.3f}" for name in more)
         runs = f"  {'±' + format(row[f'{METRIC}_sd_over_runs'], '.3f'):>9}" if pooled else ""
         print(f"{name:12}  {cost}  {row[METRIC]:.3f}{runs}  {between(row[f'{METRIC}_ci95'], '.3f'):14}{values}")
-    speakers = f"{results['speakers'] or 'unknown'} speakers"
-    print(f"{results['clips']} clips of {speakers}; chance is {results['chance']:.3f}")
+    print(f"{results['clips']} clips of {results['speakers'] or 'unknown'} speakers; chance is {results['chance']:.3f}")
     if results["speakers"] is None:
         print("intervals: over clips, since speakers are unknown, and so too narrow")
     elif rows[0][f"{METRIC}_ci95"] is None:
@@ -843,12 +842,11 @@ def expand(name: str) -> list[str]:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    checkpoint = dict(nargs="+", metavar="CHECKPOINT")
     pooled = "folder written by train.py, or a Hub name; several runs with the same architecture are pooled"
-    add("checkpoints", help=pooled, **checkpoint)
+    add("checkpoints", nargs="+", metavar="CHECKPOINT", help=pooled)
     add("--data", metavar="SOURCE", help="another corpus than the checkpoint's own (see train.py)")
     add("--split", choices=SPLITS, help="default: test, or all clips of a --data without splits")
-    add("--against", help="also the paired differences to these", **checkpoint)
+    add("--against", nargs="+", metavar="CHECKPOINT", help="also the paired differences to these")
     anew = f"choose early exit's threshold anew on dev, for this report: the {METRIC.upper()} that it may lose"
     add("--tolerance", type=positive(float, or_zero=True), metavar="X", help=anew)
     add("--json", metavar="FILE", help="write the results as JSON")
