@@ -361,10 +361,7 @@ def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def predict(model: sdser.MultiExitSER, clips: list[Clip], batch_size: int = 16, workers: int = 0) -> Tensor:
-    """Returns logits (exits, N, C) of whole clips, float32 on the CPU; raises InputError if they are not finite.
-
-    Leaves the model in evaluation mode.
-    """
+    """Returns logits (exits, N, C) of whole clips, float32 on the CPU; InputError if not finite; calls model.eval()."""
     model.eval()
     logits = torch.zeros(len(model.exits), len(clips), len(model.labels))
     seconds = [model.tile_seconds or clip.seconds for clip in clips]
@@ -522,10 +519,7 @@ def count_parameters(model: sdser.MultiExitSER, exits: list[int]) -> int:
 
 # -- tables -----------------------------------------------------------------------------------------------------------
 def logits_by_row(exits: list[int], logits: Tensor, thresholds: float | Tensor | None = None) -> dict:
-    """Returns the logits (N, C) of each row of a table, by its name.
-
-    Each exit has a row, so has "fusion" of the students if there are two or more, and "early exit" given thresholds.
-    """
+    """Returns a table's rows, name -> logits (N, C): each exit, "fusion" of two or more students, and "early exit"."""
     rows = dict(zip(exits, logits))
     if len(exits) > 2:
         rows["fusion"] = sdser.fuse(logits[:-1])

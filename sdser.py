@@ -212,8 +212,7 @@ class MultiExitSER(
         tile_seconds: if set, the model was trained on clips that were repeated or cut to this length, and `classify`
             does the same to its input.
         threshold: of early exit, chosen on dev clips; `classify(threshold="auto")` uses it.
-    Raises:
-        InputError: if the arguments do not describe a model; the message says what is allowed.
+    Raises InputError if the arguments do not describe a model; the message says what is allowed.
     """
 
     def __init__(
@@ -613,10 +612,7 @@ def default_exits(backbone: str | dict, layers: int) -> list[int]:
 
 
 def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
-    """Returns the `transformers` config of a built-in size, a local folder, a Hub name, or a saved dict.
-
-    It has what FAMILIES adds to it. Raises InputError if it cannot be read or is of another family.
-    """
+    """Returns the config of a size, folder, Hub name or dict, with what FAMILIES adds; raises InputError for others."""
     name = "the backbone's config" if isinstance(backbone, dict) else os.fspath(backbone)
     if isinstance(backbone, dict):
         config = backbone

@@ -274,10 +274,9 @@ def divide(batches: list[list[int]], accumulate: int) -> tuple[list[list[int]], 
     """Returns this process's clips of each batch, and the factor of their loss.
 
     A loss is a mean over clips. It counts by its proportion of the step's clips, so that the step has the gradient of
-    one large batch. For example, with --accumulate 2, a step may have batches of 5 and 3 clips; of 2 processes, one
-    runs 3 and 2 of them, the other 2 and 1: the proportions are 3/8, 2/8, 2/8 and 1/8. Each is multiplied by WORLD,
-    because DistributedDataParallel divides by it. Every process must join every step, so one that is left without
-    clips runs one of another's, with factor 0.
+    one large batch: if a step has batches of 5 and 3 clips, of which one of two processes runs 3 and 2, the other 2
+    and 1, then 3/8, 2/8, 2/8 and 1/8, times WORLD, by which DistributedDataParallel divides. Every process must join
+    every step, so one that is left without clips runs one of another's, with factor 0.
     """
     mine, factors = [], []
     for i, batch in enumerate(batches):
