@@ -141,9 +141,7 @@ def run(args: argparse.Namespace) -> None:
     evaluate.check_writable(out, folder=True)
 
     labels, clips = load_data(args)
-    train_clips, dev_clips, test_clips = (
-        [clip for clip in clips if clip.split == split] for split in evaluate.SPLITS
-    )  # fmt: skip
+    train_clips, dev_clips, test_clips = ([clip for clip in clips if clip.split == split] for split in evaluate.SPLITS)
     torch.manual_seed(args.seed)
     if state:  # a resumed run no longer needs the backbone that it started from
         model = sdser.MultiExitSER.from_pretrained(out).to(args.device)
