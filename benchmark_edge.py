@@ -36,7 +36,6 @@ import sdser
 from sdser import InputError
 
 # -- writing one exit as a file ---------------------------------------------------------------------------------------
-
 # What each file ending can hold; a name without an ending means a folder, which can also be one for `transformers`.
 PRECISIONS = {".onnx": ("fp32", "fp16", "int8"), "": ("fp32", "transformers")}
 FORMATS = "; ".join(f"{ending or 'a folder'}: {', '.join(names)}" for ending, names in PRECISIONS.items())
@@ -157,11 +156,8 @@ def write_transformers(small: sdser.MultiExitSER, path: str) -> None:
 
 
 # -- running a file ---------------------------------------------------------------------------------------------------
-
-# Each returns a function from a waveform (1, T) float32 to probabilities (1, C), both numpy, and imports what it needs
-# itself, so that `peak_megabytes` can run its source in a process without torch.
-
-
+# Each loader returns a function from a waveform (1, T) float32 to probabilities (1, C), both numpy, and imports what it
+# needs itself, so that `peak_megabytes` can run its source in a process without torch.
 def load_torch(path: str, threads: int):
     import torch
 
@@ -169,7 +165,6 @@ def load_torch(path: str, threads: int):
 
     torch.set_num_threads(threads)
     model = sdser.MultiExitSER.from_pretrained(path)
-
     return lambda waveform: [list(model.classify(waveform[0])[0].probabilities.values())]
 
 

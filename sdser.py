@@ -597,7 +597,6 @@ SIZES = {
                   feat_extract_norm="layer", conv_bias=True, do_stable_layer_norm=True),
 }  # fmt: skip
 
-
 warnings.filterwarnings("ignore", "Support for mismatched key_padding_mask")  # WavLM's layers: a bool and a float mask
 
 # The families of backbones: for each, what is read here and its config leaves out. do_normalize: whether the backbone
