@@ -207,10 +207,8 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, title: str)
     for i, (waveforms, lengths, targets) in enumerate(bar):
         with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             outputs = model(waveforms.to(args.device), lengths)
-        loss, parts = sdser.self_distillation_loss(
-            outputs, targets.to(args.device), args.kl_weight, args.hint_weight, args.temperature,
-            args.detach_teacher, class_weights,
-        )  # fmt: skip
+        loss, parts = sdser.self_distillation_loss(outputs, targets.to(args.device), args.kl_weight, args.hint_weight,
+                                                   args.temperature, args.detach_teacher, class_weights)  # fmt: skip
         (loss_weights[i] * loss).backward()
         for name, value in {"loss": loss.detach(), **parts}.items():
             sums[name] += value * len(targets) * (loss_weights[i] > 0)
