@@ -274,9 +274,8 @@ class MultiExitSER(
 
         hidden = first(self.backbone.feature_projection(x.transpose(1, 2)))  # (B, frames, D), one frame per 20 ms
         hidden = hidden.to(self.backbone.dtype)  # autocast has made it bfloat16
-        return self.add_positions(
-            Frames(hidden, None if lengths is None else valid_mask(frame_counts, hidden.shape[1]))
-        )
+        valid = None if lengths is None else valid_mask(frame_counts, hidden.shape[1])  # (B, frames)
+        return self.add_positions(Frames(hidden, valid))
 
     def add_positions(self, frames: Frames) -> Frames:
         """Masks spans of frames in training, and adds what tells the layers where in the clip a frame is."""
@@ -317,12 +316,11 @@ class MultiExitSER(
 
     @torch.no_grad()
     def early_exit(self, waveforms: Tensor, lengths: Tensor | None, threshold: float) -> tuple[Tensor, Tensor]:
-        """Runs layer by layer; a clip leaves at the first exit where `should_stop` says so.
+        """Runs layer by layer; a clip leaves at the first exit where `should_stop` says so, or at the deepest.
 
-        The deepest exit decides for the clips that stay to the end. Clips that have left are dropped from the batch,
-        and the others are trimmed to the longest that stays: no layer runs unless some clip needs it.
-        Takes what `forward` takes; returns logits (B, C) and the exit (B,) int64 that gave them. Raises InputError as
-        `forward` does, and in training mode, and for a threshold outside the range of THRESHOLDS.
+        Clips that have left are dropped from the batch, and the others trimmed to the longest that stays: no layer runs
+        unless some clip needs it. Returns logits (B, C) and the exit (B,) int64 that gave them; raises InputError as
+        `forward` does, in training mode, and for a threshold outside the range of THRESHOLDS.
         """
         self.check_early_exit(threshold)
         frames = self.embed_frames(waveforms, lengths)
