@@ -573,6 +573,8 @@ def choose_clips(checkpoint: str, split: str | None, source: str | None, labels:
     left out, with a warning.
     """
     listed = os.path.join(checkpoint, "split.csv")
+    if source is None and not os.path.isfile(listed):
+        raise InputError(f"{checkpoint}: has no split.csv, which lists the clips of a run; say by --data what to score")
     clips = load_corpus(listed if source is None else source)
     has_splits = any(clip.split for clip in clips)
     if source is not None and not has_splits and os.path.isfile(listed):

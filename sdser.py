@@ -253,7 +253,11 @@ class MultiExitSER(
         return outputs
 
     def embed_frames(self, waveforms: Tensor, lengths: Tensor | None = None) -> Frames:
-        """Everything before the transformer layers: normalisation, convolutions, projection, time mask, positions."""
+        """Everything before the transformer layers."""
+        return self.add_positions(self.extract_features(waveforms, lengths))
+
+    def extract_features(self, waveforms: Tensor, lengths: Tensor | None = None) -> Frames:
+        """Turns waveforms (B, samples) into frames, which do not yet know where in the clip they are."""
         config, lengths = self.backbone.config, self.real_lengths(waveforms, lengths)  # None where nothing is padded
         valid = None if lengths is None else valid_mask(lengths, waveforms.shape[1])  # (B, samples)
         if config.do_normalize:
@@ -275,7 +279,7 @@ class MultiExitSER(
         hidden = first(self.backbone.feature_projection(x.transpose(1, 2)))  # (B, frames, D), one frame per 20 ms
         hidden = hidden.to(self.backbone.dtype)  # autocast has made it bfloat16
         valid = None if lengths is None else valid_mask(frame_counts, hidden.shape[1])  # (B, frames)
-        return self.add_positions(Frames(hidden, valid))
+        return Frames(hidden, valid)
 
     def add_positions(self, frames: Frames) -> Frames:
         """Masks spans of frames in training, and adds what tells the layers where in the clip a frame is."""
@@ -457,14 +461,17 @@ class MultiExitSER(
             raise InputError(f"exits {exits!r}: expected a list of layer numbers")
         if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > layers:
             raise InputError(f"exits {exits}: expected increasing numbers from 1 to at most {layers}, the last layer")
-        if len(head) != len(exits) or not all(kind in HEADS for kind in head):
+        if not isinstance(head, list | tuple) or len(head) != len(exits) or not all(kind in HEADS for kind in head):
             raise InputError(f"head {head}: expected one of {', '.join(HEADS)}, or one for each of {len(exits)} exits")
         if "stats" in head and set(head) != {"stats"}:
             raise InputError(f"head {head}: stats needs stats at every exit, since the hint compares their embeddings")
-        if tile_seconds is not None and not 0.025 <= tile_seconds <= MAX_SECONDS:
-            raise InputError(f"tile_seconds {tile_seconds}: expected a number from 0.025 to {MAX_SECONDS}, or None")
-        if threshold is not None:
-            MultiExitSER.check_threshold(threshold)
+        ranges = (
+            ("tile_seconds", tile_seconds, 0.025, MAX_SECONDS),
+            ("threshold", threshold, min(THRESHOLDS), max(THRESHOLDS)),
+        )
+        for name, value, low, high in ranges:
+            if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+                raise InputError(f"{name} {value!r}: expected a number from {low} to {high}, or None")
 
     @staticmethod
     def check_threshold(threshold: float) -> None:
@@ -610,6 +617,8 @@ def default_exits(backbone: str | dict, layers: int) -> list[int]:
 
 def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
     """Returns the config of a size, folder, Hub name or dict, with what FAMILIES adds; raises InputError for others."""
+    if not isinstance(backbone, dict | str | os.PathLike):
+        raise InputError(f"backbone {backbone!r}: expected a size, a folder, a Hub name, or a config as a dict")
     name = "the backbone's config" if isinstance(backbone, dict) else os.fspath(backbone)
     if isinstance(backbone, dict):
         config = backbone
@@ -685,7 +694,7 @@ def load_backbone(backbone: str | dict, config: transformers.PretrainedConfig, l
 
 def load_weights(backbone: str, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
     """Loads a pre-trained backbone, in training mode; raises InputError if its weights do not fit its config."""
-    verbosity = transformers.logging.get_verbosity()
+    verbosity, has_bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()  # else it lists every layer and quantizer weight left out on purpose
     transformers.logging.disable_progress_bar()
     try:
@@ -695,7 +704,8 @@ def load_weights(backbone: str, config: transformers.PretrainedConfig) -> transf
             )
     finally:
         transformers.logging.set_verbosity(verbosity)
-        transformers.logging.enable_progress_bar()
+        if has_bars:
+            transformers.logging.enable_progress_bar()
     missing = set(info["missing_keys"]) - {"masked_spec_embed"}
     if missing:
         raise InputError(f"{backbone}: lacks {len(missing)} weights, for example {min(missing)}; save it again")
