@@ -34,13 +34,14 @@ from evaluate import RANK, WORLD, Clip, positive
 from sdser import InputError
 
 # The recipes; a flag given on the command line wins. fast: for pre-trained backbones, the one we recommend. toy:
-# fine-tunes the small network in data/, in two minutes on a CPU. scratch: for random weights. paper: the paper's.
+# fine-tunes the small network in data/, in two minutes on a CPU. scratch: for random weights. paper: as the authors.
 FAST = dict(
     backbone="facebook/wav2vec2-base", head="stats", window="natural", seconds=6.0, epochs=20, batch_size=16,
-    lr=5e-5, head_lr=1e-3, freeze_cnn=True,  # lr: of the backbone
+    lr=5e-5,  # of the backbone
+    head_lr=1e-3, freeze_cnn=True,
     weight_decay=0.01,  # AdamW; at 0 it is Adam
     schedule="cosine",  # of the learning rates, after a warm-up over a tenth of the steps
-    max_norm=1.0,  # to which gradients are clipped; None: they are not
+    max_norm=1.0,  # at which gradients are clipped; None: they are not
     dtype="auto",  # bfloat16 if the hardware supports it
 )  # fmt: skip
 HUBERT_SMALL = str(evaluate.DATA / "hubert-small")
@@ -106,7 +107,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         args.preset = "toy" if os.path.abspath(args.backbone or HUBERT_SMALL) == HUBERT_SMALL else "fast"
     recipe = dict(PRESETS[args.preset])
     if args.lr is not None and recipe["lr"] == recipe["head_lr"]:
-        recipe["head_lr"] = args.lr  # these presets have one rate for all
+        recipe["head_lr"] = args.lr  # where a preset has one rate for all, --head-lr follows --lr
     for name, value in recipe.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -185,7 +186,7 @@ def run(args: argparse.Namespace) -> None:
         log.append(line)
         if RANK == 0:
             save_epoch(out, args, clips, log, model, optimizer, scheduler)
-        print(message)  # once it is saved, so that Ctrl-C loses nothing that has been seen
+        print(message)  # every epoch that is printed has been saved
 
     results = {"labels": labels, "args": vars(args), "seconds": round(time.time() - start, 1)}
     if dev_clips:
@@ -211,10 +212,10 @@ def train_epoch(model, dataset, batches, optimizer, scheduler, args, title: str)
                                                    args.temperature, args.detach_teacher, class_weights)  # fmt: skip
         (loss_weights[i] * loss).backward()
         for name, value in {"loss": loss.detach(), **parts}.items():
-            sums[name] += value * len(targets) * (loss_weights[i] > 0)
+            sums[name] += value * len(targets) * (loss_weights[i] > 0)  # not another process's clip
 
         if (i + 1) % args.accumulate == 0 or i + 1 == len(batches):
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm or math.inf)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_norm or math.inf)  # inf only measures
             if not (loss + norm).isfinite():
                 paths = ", ".join(dataset.clips[k].path for k in my_batches[i])
                 raise InputError(f"loss or gradient not finite; try a smaller --lr or --dtype float32 (after {paths})")
@@ -239,7 +240,8 @@ def make_optimizer(model: sdser.MultiExitSER, args, steps: int):
         {"params": [p for p in model.backbone.parameters() if p.requires_grad], "lr": args.lr},
         {"params": list(model.heads.parameters()), "lr": args.head_lr},
     ]
-    optimizer, warmup = torch.optim.AdamW(groups, weight_decay=args.weight_decay), max(1, round(0.1 * steps))
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+    warmup = max(1, round(0.1 * steps))
 
     def factor(step):
         if args.schedule == "constant":
@@ -267,21 +269,25 @@ def make_batches(clips: list[Clip], args, rng: np.random.Generator) -> list[list
 
 
 def divide(batches: list[list[int]], accumulate: int) -> tuple[list[list[int]], list[float]]:
-    """Returns this process's clips of each batch, and the factor of their loss.
+    """Returns this process's clips of each batch, and the weight of their loss.
 
-    A loss is a mean over clips. It counts by its proportion of the step's clips, so that the step has the gradient of
-    one large batch: if a step has batches of 5 and 3 clips, of which one of two processes runs 3 and 2, the other 2
-    and 1, then 3/8, 2/8, 2/8 and 1/8, times WORLD, by which DistributedDataParallel divides. Every process must join
-    every step, so one that is left without clips runs one of another's, with factor 0.
+    A loss is a mean over clips. It is weighted by its share of the step's clips, so that the step has the gradient of
+    one large batch. For example, a step has batches of 5 and 3 clips, and two processes:
+
+        process 0    3 clips, weight 3/8    2 clips, weight 2/8
+        process 1    2 clips, weight 2/8    1 clip,  weight 1/8
+
+    times WORLD, by which DistributedDataParallel divides. Every process must join every step, so a process without
+    clips runs another's clip with weight 0.
     """
-    mine, factors = [], []
+    my_batches, loss_weights = [], []
     for i, batch in enumerate(batches):
         step_start = i - i % accumulate
         clips_in_step = sum(len(other) for other in batches[step_start : step_start + accumulate])
         part = batch[RANK::WORLD]
-        mine.append(part or batch[:1])
-        factors.append(WORLD * len(part) / clips_in_step)
-    return mine, factors
+        my_batches.append(part or batch[:1])
+        loss_weights.append(WORLD * len(part) / clips_in_step)
+    return my_batches, loss_weights
 
 
 class TrainingClips(evaluate.ClipDataset):
@@ -349,7 +355,7 @@ def load_data(args) -> tuple[list[str], list[Clip]]:
 
 
 def take_fraction(clips: list[Clip], fraction: float, seed: int) -> list[Clip]:
-    """Keeps all dev and test clips, and a fraction of each label's training clips; a larger one contains a smaller."""
+    """Keeps dev and test clips, and a fraction of each label's training clips; a larger one includes a smaller."""
     kept = {clip.path for clip in clips if clip.split != "train"}
     for label in {clip.label for clip in clips}:
         paths = [clip.path for clip in clips if clip.split == "train" and clip.label == label]
@@ -365,7 +371,7 @@ def short(path: str) -> str:
 
 # -- what a run writes and reads back ---------------------------------------------------------------------------------
 def score(model: sdser.MultiExitSER, clips: list[Clip], logits: Tensor) -> dict:
-    """Returns {"exits": [{"exit": 2, "uar": 0.8, ...}, ...], "fusion": {...}}; fusion only of two students or more."""
+    """Returns {"exits": [{"exit": 2, "uar": 0.8, ...}, ...], "fusion": {...}}; fusion needs at least two students."""
     targets, rows = evaluate.targets_of(clips, model.labels), evaluate.logits_by_row(model.exits, logits)
     scored = {"exits": [{"exit": k, **evaluate.scores(targets, rows[k])} for k in model.exits]}
     if "fusion" in rows:
@@ -394,7 +400,7 @@ def save_epoch(out: Path, args, clips: list[Clip], log: list[dict], model, optim
 
 
 def read_state(out: Path) -> dict:
-    """Returns what `save_epoch` wrote last, and removes what a process left that was killed while it wrote."""
+    """Returns what `save_epoch` wrote last, and removes the temporary files of a killed process."""
     with sdser.file_errors(out / "train_state.pt", "no run to resume", "train in a new folder, without --resume"):
         state = torch.load(out / "train_state.pt", map_location="cpu", weights_only=True)
         if set(state) != {"args", "log", "model", "optimizer", "scheduler"}:
