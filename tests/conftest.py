@@ -43,6 +43,18 @@ def build(layout="wav2vec2-base", exits=(1, 2, 4), head="gru", tile_seconds=None
     return sdser.MultiExitSER(LABELS, config, list(exits), head, tile_seconds).eval()
 
 
+def macs_by_hand(samples, layers, head, gated=False) -> tuple[int, int]:
+    """Multiply-accumulates of a model of `build` for one clip, and its head's share; gated: with a position bias."""
+    d, t, inner, macs = 32, samples, 64, 0  # width, frames, width within a layer
+    for i, (kernel, stride) in enumerate([(10, 5), *[(3, 2)] * 4, (2, 2), (2, 2)]):
+        t = (t - kernel) // stride + 1
+        macs += t * 16 * kernel * (16 if i else 1)
+    macs += t * (16 * d + 16 * d * d // 4)  # projection, position convolution
+    macs += layers * t * (4 * d * d + 2 * d * inner + 2 * t * d + 8 * d * gated)
+    in_head = t * {"gru": 6 * d * d, "lstm": 8 * d * d, "attention": 2 * d, "mean": 0}[head] + 256 * (d + 3)
+    return macs + in_head, in_head
+
+
 def write(path, text="", encoding="utf-8") -> Path:
     """Writes a file, and the folders that it needs; returns its path."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)

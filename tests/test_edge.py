@@ -5,13 +5,14 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import LABELS, build, refuses
+from conftest import LABELS, build, macs_by_hand, refuses
 from transformers import pipeline
 
 import benchmark_edge
@@ -149,7 +150,7 @@ def test_benchmark_of_a_checkpoint(tmp_path):
     parameters = sum(p.numel() for p in model.truncate(2).parameters())
     for row in rows:
         assert (row["exit"], row["threads"], row["parameters"]) == (2, 1, parameters)
-        assert row["macs"] == evaluate.count_macs(model, round(16_000 * row["seconds"]), 2)
+        assert row["macs"] == pytest.approx(macs_by_hand(round(16_000 * row["seconds"]), 2, "gru")[0], rel=0.005)
         int8 = row["backend"].endswith("int8")
         assert 0 < row["p50_ms"] <= row["p95_ms"] and row["max_probability_change"] < (0.1 if int8 else 1e-5)
         assert int8 or 4 * parameters <= 1e6 * row["size_mb"] <= 4 * parameters + 300_000  # and a header, or a graph
@@ -158,18 +159,36 @@ def test_benchmark_of_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "heads"), [("", ["stats", "stats"]), ("--head gru", ["gru", "mean"])])
-def test_medians_tails_and_heads(tmp_path, monkeypatch, flags, heads):
-    """p50 and p95 of made-up times; a built-in shape gets the heads of `fast`, or those asked for."""
-    times, exact = {("torch", 0.1): list(range(1, 101))}, Mock(wraps=benchmark_edge.exact_probabilities)
-    monkeypatch.setattr(benchmark_edge, "measure", Mock(return_value=times))
+def test_medians_tails_changes_and_heads(tmp_path, monkeypatch, capsys, flags, heads):
+    """Of made-up times and errors; a built-in shape gets the heads of `fast`, or those asked for."""
+    clock, exact, peak = Mock(now=0.0), Mock(wraps=benchmark_edge.exact_probabilities), None if flags else 4800
+
+    def load(path, threads):
+        model, exit, calls = benchmark_edge.load_torch(path, threads), int(Path(path).name[0]), []
+
+        def run(waveform):
+            calls.append(1)
+            slow = (99, 99, 1, 1, 2, 2, 12)[(len(calls) - 1) // 3]  # two rounds that warm up, five that count
+            clock.now += slow * threads * exit * waveform.size / 1_600_000
+            return np.add(model(waveform), np.eye(7)[:1] * 0.1 * exit * (len(calls) == 2))  # wrong about one clip
+
+        return run
+
+    monkeypatch.setitem(benchmark_edge.BACKENDS, "torch", (load, "", "fp32"))
+    monkeypatch.setattr(benchmark_edge, "time", Mock(perf_counter=lambda: clock.now))
     monkeypatch.setattr(benchmark_edge, "exact_probabilities", exact)
     monkeypatch.setattr(benchmark_edge, "run_apart", exec)  # in this process, which is faster
-    monkeypatch.setattr(benchmark_edge, "peak_megabytes", Mock(return_value=None))  # as where the system does not tell
-    flags += " --backbone tiny --exits 1 2 --seconds 0.1 --threads 1 --backends torch --json"
+    monkeypatch.setattr(torch, "set_num_threads", Mock())
+    monkeypatch.setattr(benchmark_edge, "peak_megabytes", lambda *args: peak and args[3])  # None: it cannot be known
+    flags += " --backbone tiny --exits 1 2 --seconds 0.1 0.3 --threads 2 1 --rounds 5 --backends torch --json"
     benchmark_edge.main([*flags.split(), str(tmp_path / "a.json")])
-    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
-    assert [(row["exit"], row["p50_ms"], row["p95_ms"]) for row in rows] == [(1, 50.5, 95.05), (2, 50.5, 95.05)]
-    assert exact.call_args.args[0].head_kinds == heads
+    rows, unit = json.loads((tmp_path / "a.json").read_text())["rows"], [2, 6, 1, 3, 4, 12, 2, 6]  # ms
+    seen = [[row[name] for row in rows] for name in ("p50_ms", "p95_ms", "max_probability_change")]
+    expected = [np.multiply(2, unit), np.multiply(10, unit), [0.1] * 4 + [0.2] * 4]
+    assert np.array(seen) == pytest.approx(np.array(expected), abs=1e-5)
+    assert all(row["peak_rss_mb"] == peak for row in rows) and exact.call_args.args[0].head_kinds == heads
+    row = rf"2 +2 +torch +8\.0 \( 40\.0\) +24\.0 \(120\.0\) +{peak or 'nan'} +[\d.]+  2e-01\n"
+    assert re.search(row, capsys.readouterr().out)
 
 
 @needs_onnx

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import LABELS, build, fit, lowest_threshold, read_run, uar, write
+from conftest import LABELS, build, fit, lowest_threshold, macs_by_hand, read_run, uar, write
 
 import benchmark_edge
 import evaluate
@@ -42,25 +42,19 @@ def call(*flags) -> dict:
     return json.loads(Path("results.json").read_text())
 
 
-def set_threshold(run, threshold: float | None) -> None:
+def configure(run, **changes) -> None:
     config = json.loads((run / "config.json").read_text())
-    write(run / "config.json", json.dumps({**config, "threshold": threshold}))
+    write(run / "config.json", json.dumps(config | changes))
 
 
 def test_costs_of_every_layout_and_head(layout):
     model = build(layout, exits=[1, 2, 3, 4], head=["gru", "lstm", "attention", "mean"])
-    d, t, inner = 32, 99, 64  # width, frames of 2 s, width within a layer
-    before = 16 * 10 * 6399 + 16 * 16 * (3 * (3199 + 1599 + 799 + 399) + 2 * (199 + 99))
-    before += t * (16 * d + 16 * d * d // 4)  # projection, position convolution
-    gate = 8 * d if layout.startswith("wavlm") else 0  # of the position bias
-    layer = t * (4 * d * d + 2 * d * inner + 2 * t * d + gate)
-    heads = {"gru": 6 * d * d, "lstm": 8 * d * d, "attention": 2 * d, "mean": 0}
     passed = 0  # the heads on the way
     for k, kind in zip(model.exits, model.head_kinds):
-        head = t * heads[kind] + 256 * (d + 3)
-        passed += head
         macs, with_all = (evaluate.count_macs(model, 32_000, k, on_the_way) for on_the_way in (False, True))
-        assert macs == pytest.approx(before + k * layer + head, rel=0.005)
+        expected, head = macs_by_hand(32_000, k, kind, gated=layout.startswith("wavlm"))
+        passed += head
+        assert macs == pytest.approx(expected, rel=0.005)
         assert with_all - macs == pytest.approx(passed - head, rel=0.01)
         assert evaluate.count_parameters(model, [k]) == sum(p.numel() for p in model.truncate(k).parameters())
     model.tile_seconds = 2.0
@@ -156,7 +150,7 @@ def test_early_exits_row_is_what_the_model_does(runs):
     scored = evaluate.score_runs([str(runs / "fold1")], "test", None, "cpu")
     certain = np.sort(scored.logits[0].softmax(-1).amax(-1).numpy())
     threshold = float(certain[5:7].mean())  # half of the 12 clips leave at exit 1
-    set_threshold(runs / "fold1", threshold)
+    configure(runs / "fold1", threshold=threshold)
     results = call(runs / "fold1")
     model, right, left = sdser.MultiExitSER.from_pretrained(runs / "fold1"), 0, []
     for clip in scored.clips:
@@ -197,7 +191,7 @@ def test_scores_equal_the_training_runs_and_folds_are_pooled(runs, monkeypatch, 
         right = [clip["answers"][str(row["exit"])] == clip["label"] for clip in pooled["predictions"]]
         assert np.mean(right) == pytest.approx(row["accuracy"])
         assert row["uar_sd_over_runs"] == pytest.approx(abs(first["uar"] - second["uar"]) / 2**0.5)
-    set_threshold(folds[0], 0.0), set_threshold(folds[1], 1.0)  # each fold stops at its own
+    configure(folds[0], threshold=0.0), configure(folds[1], threshold=1.0)  # each fold stops at its own
     monkeypatch.setattr(evaluate, "report", Mock(side_effect=BrokenPipeError(32, "Broken pipe")))
     refused(evaluate, *folds, "--json", "own.json")
     assert json.loads(Path("own.json").read_text())["exit_share"] == {"1": 0.5, "2": 0, "4": 0.5}
@@ -206,15 +200,18 @@ def test_scores_equal_the_training_runs_and_folds_are_pooled(runs, monkeypatch, 
 def test_against_and_plots(runs, monkeypatch, refused):
     """With a seed missing on one side the pairs would not be pairs; twice as many seeds are fine."""
     one, two, other, alone, wider = (runs / name for name in ("fold1", "fold2", "other", "alone", "wider"))
+    tiled, swapped = (shutil.copytree(one, runs / name) for name in ("tiled", "swapped"))
+    configure(tiled, tile_seconds=1.0), configure(swapped, labels=["sadness", "anger"])
     model = sdser.MultiExitSER.from_pretrained(one)
     model.truncate(2).save_pretrained(alone)
     config = {**model.backbone.config.to_dict(), "intermediate_size": 64}
     sdser.MultiExitSER(model.labels, config, model.exits, model.head_kinds).save_pretrained(wider)
-    for run in (alone, wider):  # not of one kind
-        shutil.copy(one / "split.csv", run)
+    for run in (alone, wider, tiled, swapped):  # not of one kind
+        shutil.copyfile(one / "split.csv", run / "split.csv")
         assert str(run) in refused(evaluate, one, run)
-    assert [row["exit"] for row in call(one, other, "--against", one)["against"]] == [1, 2, 4, "fusion"]
-    for ours, theirs in (([one], [two]), ([one, two, other], [one, two])):  # other clips, or not as often
+    results = call(one, other, "--split", "dev", "--against", one)  # on both sides
+    assert [row["exit"] for row in results["against"]] == [1, 2, 4, "fusion"] and results["split"] == "dev"
+    for ours, theirs in (([one], [two]), ([one, two, other], [one, two]), ([one], [swapped])):
         assert "--against" in refused(evaluate, *ours, "--against", *theirs)
     [row] = call(one, "--against", alone, *PLOT)["against"]
     assert (row["exit"], row["difference"]) == (2, 0), "an exit equals the same exit cut out"
@@ -226,21 +223,25 @@ def test_against_and_plots(runs, monkeypatch, refused):
 
 
 def test_another_corpus(runs, refused):
-    rng, text = np.random.default_rng(0), "path,label"
+    """Of six clips, one speaker is known, which is not enough. Chance is over the labels that occur."""
+    rng, text = np.random.default_rng(0), "path,label,speaker"
     for i, label in enumerate(["anger", "sadness"] * 3):
         soundfile.write(f"{i}.wav", rng.normal(size=8000), 16_000)
-        text += f"\n{i}.wav,{label}"
-    set_threshold(runs / "fold1", 0.0), set_threshold(runs / "fold2", 1.0)  # also here, each run stops at its own
+        text += f"\n{i}.wav,{label},{'' if i else 'anna'}"
+    (
+        configure(runs / "fold1", threshold=0.0),
+        configure(runs / "fold2", threshold=1.0),
+    )  # also here, each run stops at its own
     results = call(runs / "fold1", runs / "fold2", "--data", write("new.csv", text))
     assert results["thresholds"] == [0, 1] and results["exit_share"] == {"1": 0.5, "2": 0, "4": 0.5}
     results = call(runs / "fold1", "--data", "new.csv", "--against", runs / "other")
     assert (results["split"], results["clips"], results["speakers"]) == ("all", 6, None)
     pool = evaluate.Pool(None, evaluate.load_corpus("new.csv"), None, None, [])
     assert len(set(pool.units)) == 6  # clips are drawn
-    write("new.csv", text.replace("4.wav,anger", "4.wav,joy"))
+    write("new.csv", text.replace("sadness", "joy"))
     with pytest.warns(UserWarning, match=r"new\.csv: .*joy"):  # the rest is scored
         results = call(runs / "fold1", "--data", "new.csv")
-    assert results["clips"] == 5 and results["labels"] == ["anger", "sadness"]
+    assert results["clips"] == 3 and results["labels"] == ["anger", "sadness"] and results["chance"] == 1
     write("new.csv", "path,label\n0.wav,grief\n")
     assert "new.csv" in refused(evaluate, runs / "fold1", "--data", "new.csv")
 
@@ -268,13 +269,13 @@ def test_training_clips_are_not_scored(runs, corpus, tmp_path, refused):
 
 def test_audio(runs, corpus, refused):
     run, clips = runs / "fold1", [clip.path for clip in evaluate.load_corpus(corpus)][:2]
-    set_threshold(run, None)
+    configure(run, threshold=None)
     assert "gone.wav" in refused(evaluate, run, "--audio", clips[0], "gone.wav", clips[1], "--json", "a.json")
     model = sdser.MultiExitSER.from_pretrained(run)
     for path, row, wanted in zip(clips, json.loads(Path("a.json").read_text()), model.classify(clips), strict=True):
         assert (row["path"], row["label"], row["exit"]) == (path, wanted.label, 4)
         assert row["probabilities"] == pytest.approx(wanted.probabilities, abs=1e-6)
-    set_threshold(run, 0.0)
+    configure(run, threshold=0.0)
     for flags, exit in ([], 1), (["--threshold", "1"], 4), (["--exit", "2"], 2):
         with pytest.raises(SystemExit) as end:
             call(run, "--audio", clips[0], *flags)
@@ -288,18 +289,21 @@ def test_one_speaker_has_no_interval_and_without_a_threshold_there_is_no_early_e
         speaker = next(row for row in rows if row.endswith("test")).split(",")[2]
         kept = [row for row in rows if not row.endswith("test") or f",{speaker}," in row]
         write(runs / name / "split.csv", "\n".join(kept))
-    set_threshold(runs / "fold1", None)
+    configure(runs / "fold1", threshold=None)
     results = call(runs / "fold1", "--against", runs / "other", *PLOT)
     assert [row["exit"] for row in results["rows"]] == [1, 2, 4, "fusion"] and results["thresholds"] == [None]
     assert len(call(runs / "fold1", runs / "fold2")["rows"]) == 4, "one of them has none"
     assert results["speakers"] == 1 and all(row["uar_ci95"] is None for row in results["rows"])
     assert all(row["ci95"] is None for row in results["against"])
-    assert capsys.readouterr().out.count("  -  ") >= len(results["rows"])
+    out = capsys.readouterr().out
+    assert out.count("  -  ") >= len(results["rows"])
+    for row in results["rows"]:
+        assert f"{row['parameters'] / 1e6:.2f}  {row['macs_per_second'] / 1e9:6.2f}  {row['uar']:.3f}" in out
 
 
 def test_a_checkpoint_is_only_read(runs, corpus, capsys):
     """Its config is spelled otherwise than `save_pretrained` would, so that even the same values show."""
-    set_threshold(runs / "fold1", 0.97)
+    configure(runs / "fold1", threshold=0.97)
     clip, before = corpus.parent / "0-anger-0.wav", {path: path.read_bytes() for path in runs.rglob("*.*")}
     call(runs / "fold1", "--against", runs / "other")
     assert "config.json" not in capsys.readouterr().out

@@ -147,10 +147,13 @@ def test_every_parameter_learns_also_from_the_shortest_clips(layout):
 
 
 def test_time_mask_is_spans_that_fit_and_covers_what_transformers_does():
-    config = build(mask_time_prob=0.2, mask_time_length=10).backbone.config
+    model, seen = build(mask_time_prob=0.2, mask_time_length=10).train(), []
+    model.backbone.encoder.pos_conv_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(TONES)
+    assert (seen[0] == model.backbone.masked_spec_embed).all(-1).any(), "masked frames are the learned vector"
     frames = torch.tensor([100, 30, 4, 1] * 100)
     valid = sdser.valid_mask(frames, 100)
-    mask = sdser.sample_time_mask(config, torch.zeros(400, 100, 1), valid)
+    mask = sdser.sample_time_mask(model.backbone.config, torch.zeros(400, 100, 1), valid)
     assert not (mask & ~valid).any()
     assert mask[frames == 4].sum(1).max() <= 2 and mask[frames == 1].sum() == 0
     runs = mask[frames == 100].float().diff(dim=1).eq(1).sum(1)
@@ -159,6 +162,8 @@ def test_time_mask_is_spans_that_fit_and_covers_what_transformers_does():
     mask = sdser.sample_time_mask(sdser.load_config("base"), torch.zeros(4000, 298, 1), None)
     theirs = _compute_mask_indices((4000, 298), 0.05, 10, min_masks=2).mean()
     assert mask.float().mean().item() == pytest.approx(theirs, abs=0.002) == pytest.approx(0.066, abs=0.003)
+    assert mask[:, 149:].float().mean() == pytest.approx(theirs, abs=0.004), "wherever in the clip"
+    assert len(mask.unique(dim=0)) > 3000, "each clip has its own"
 
 
 # -- early exit -------------------------------------------------------------------------------------------------------

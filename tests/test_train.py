@@ -235,6 +235,7 @@ def test_learning_rate_warms_up_and_decays_or_stays_and_what_was_frozen_stays_so
     rates = []
     for _ in range(100):
         rates.append(scheduler.get_last_lr()[0] / args.lr)
+        assert scheduler.get_last_lr()[1] / args.head_lr == pytest.approx(rates[-1])
         optimizer.step()
         scheduler.step()
     assert {step: rates[step] for step in expected} == pytest.approx(expected, abs=0.02)
@@ -281,7 +282,7 @@ RECIPE = dict(loss=(1.0, 1.0, 1.0, True), rates=[2e-3, 2e-3], decay=0.01, norm=1
      dict(rates=[1e-4, 1e-2], bfloat16=True, heads=["lstm"])),
     ("--kl-weight 0.5 --hint-weight 2 --temperature 3 --no-detach-teacher --label-fraction 0.2 --head lstm",
      dict(loss=(0.5, 2.0, 3.0, False), heads=["lstm", "lstm", "mean"])),
-    ("--kl-weight 0 --hint-weight 0 --fold 2/3 --head mean gru attention --batch-size 4 --accumulate 3",
+    ("--kl-weight 0 --hint-weight 0 --fold 2/3 --head mean gru attention --batch-size 2 --accumulate 3",
      dict(loss=(0.0, 0.0, 1.0, True), heads=["mean", "gru", "attention"])),
 ])  # fmt: skip
 def test_every_flag_of_a_recipe_reaches_the_training(corpus, tmp_path, monkeypatch, flags, changes):
@@ -293,7 +294,7 @@ def test_every_flag_of_a_recipe_reaches_the_training(corpus, tmp_path, monkeypat
     monkeypatch.setattr(torch.optim, "AdamW", adamw)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     monkeypatch.setattr(sdser.MultiExitSER, "forward", lambda *args: autocast.append(enabled("cpu")) or run(*args))
-    results, _ = fit(corpus, tmp_path, "--epochs", 1, "--batch-size", 64, *flags.split())
+    results, log = fit(corpus, tmp_path, "--epochs", 1, "--batch-size", 64, *flags.split())
     model = sdser.MultiExitSER.from_pretrained(tmp_path)
     rates = [group["initial_lr"] for group in adamw.call_args.args[0]]
     assert RECIPE | changes == dict(
@@ -301,6 +302,7 @@ def test_every_flag_of_a_recipe_reaches_the_training(corpus, tmp_path, monkeypat
         norm=clip.call_args.args[1], bfloat16=autocast[0], heads=model.head_kinds, tile=model.tile_seconds,
     )  # fmt: skip
     assert not autocast[-1], "the last scores are computed in float32"
+    assert (log[-1]["lr"] == pytest.approx(0)) == ("--accumulate" in flags), "after two steps, not one, it is 0"
     assert [row["exit"] for row in results["test"]["exits"]] == model.exits
     assert len(model.heads) == len(model.exits) and len(model.backbone.encoder.layers) == model.exits[-1]
     assert (len(evaluate.load_corpus(tmp_path / "split.csv")) < 36) == ("--label-fraction" in flags)
