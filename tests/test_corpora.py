@@ -60,10 +60,12 @@ def test_what_is_no_corpus_is_refused(tmp_path):
 
 # -- manifests --------------------------------------------------------------------------------------------------------
 def test_manifest(tmp_path):
-    text = 'label, path ,speaker, split,note\r\njoy,"a, b.wav",S1,train,x\r\nSorge,/abs/ü.wav,,dev,\r\n\r\n'
-    assert evaluate.load_corpus(write(tmp_path / "list.csv", text, "utf-8-sig")) == [
-        Clip(str(tmp_path / "a, b.wav"), "joy", "S1", "train", more={"note": "x"}),
-        Clip("/abs/ü.wav", "Sorge", None, "dev", more={"note": ""}),
+    text = 'label, Path ,SPEAKER, split,note,Sex\r\njoy,"a, b.wav",S1,train,x,f\r\nSorge,/abs/ü.wav,,dev,,\r\n\r\n'
+    with pytest.warns(UserWarning, match="note, Sex") as warned:
+        clips = evaluate.load_corpus(write(tmp_path / "list.csv", text, "utf-8-sig"))
+    assert len(warned) == 1 and clips == [
+        Clip(str(tmp_path / "a, b.wav"), "joy", "S1", "train", more={"note": "x", "Sex": "f"}),
+        Clip("/abs/ü.wav", "Sorge", None, "dev", more={"note": "", "Sex": ""}),
     ]
     for name, delimiter in (("a.csv", "\t"), ("b.csv", ";"), ("c.tsv", ",")):  # the first line tells, not the ending
         text = "path,label,speaker\nx.wav,joy,s\n".replace(",", delimiter)
@@ -74,9 +76,29 @@ def test_manifest(tmp_path):
     assert [clip.path for clip in clips] == [str(tmp_path / "a/001.wav"), str(tmp_path / "b/001.wav")]
 
 
+def test_a_manifests_names_have_one_spelling_and_its_sentences_any_quotation_marks(tmp_path):
+    """Accents may be in one piece or, as a Mac stores them, in two; zero-width characters and pandas' nan say nothing.
+
+    No quotation mark of a TSV joins its lines.
+    """
+    (tmp_path / "u\u0308.wav").touch()
+    names = ["nan", "NaN", "None", "<NA>", "\u200b", "Zo\u00eb", "Zoe\u0308\ufeff"]
+    text = ['"Yes', '"No"', 'he said "no', "", "", "", '"']
+    labels = ["w\u00fctend", "wu\u0308tend", "w\u00fc\u200btend"] * 3
+    rows = [f"{i or chr(252)}.wav\t{label}\t{name}\t{said}"
+            for i, (label, name, said) in enumerate(zip(labels, names, text))]  # fmt: skip
+    with pytest.warns(UserWarning, match="text"):
+        clips = evaluate.load_corpus(write(tmp_path / "a.tsv", "\n".join(["path\tlabel\tspeaker\ttext", *rows])))
+    assert clips[0].path == str(tmp_path / "u\u0308.wav") and {clip.label for clip in clips} == {"w\u00fctend"}
+    assert [clip.speaker for clip in clips] == [None] * 5 + ["Zo\u00eb"] * 2
+    assert [clip.more["text"] for clip in clips] == text
+
+
 @pytest.mark.parametrize(("text", "where"), [
     ("", ""), ("path,label\n", ""), ("x.wav,joy\ny.wav,joy\n", ""), ("path,label\nx.wav,j\xff\n", ""),
     ("path,label\nx.wav,joy\ny.wav\n", "line 3"), ("path,label\n,joy\n", "line 2"),
+    ('path,label\nx.wav,"joy\ny.wav,"joy"\n', "line 2"), ("path,label\n<NA>,joy\n", "line 2"),
+    ("path,label\nx.wav,joy\ny.wav,nan\xe2\x80\x8b\n", "line 3"),  # nan and, in UTF-8, a zero-width space
     ("path,label\nx.wav,joy\na, b.wav,joy\n", "line 3"), ("path,label,split\nx.wav,joy,eval\n", "line 2"),
     ("path,label\nx.wav,joy\nx.wav,grief\n", "line 3.*x.wav"),  # two labels
     ("path,label,split\nx.wav,joy,train\nx.wav,joy,test\n", "line 3.*x.wav"),

@@ -49,7 +49,7 @@ def run_alone(folder, clip) -> tuple[str, list, list]:
 
 @needs_onnx
 @pytest.mark.parametrize(("precision", "head", "tolerance", "tile_seconds"), [
-    ("fp32", "gru", 1e-5, None), ("fp16", "attention", 0.005, 0.5), ("int8", "attention", 0.05, None),
+    ("fp32", "gru", 1e-5, None), ("fp16", "stats", 0.005, 0.5), ("int8", "attention", 0.05, None),
     pytest.param("fp32", "lstm", 1e-5, None, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_exported_files_stand_alone(tmp_path, precision, head, tolerance, tile_seconds):

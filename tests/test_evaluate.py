@@ -231,7 +231,7 @@ def test_another_corpus(runs, refused):
     (
         configure(runs / "fold1", threshold=0.0),
         configure(runs / "fold2", threshold=1.0),
-    )  # also here, each run stops at its own
+    )  # each at its own
     results = call(runs / "fold1", runs / "fold2", "--data", write("new.csv", text))
     assert results["thresholds"] == [0, 1] and results["exit_share"] == {"1": 0.5, "2": 0, "4": 0.5}
     results = call(runs / "fold1", "--data", "new.csv", "--against", runs / "other")
@@ -268,9 +268,13 @@ def test_training_clips_are_not_scored(runs, corpus, tmp_path, refused):
 
 
 def test_audio(runs, corpus, refused):
-    run, clips = runs / "fold1", [clip.path for clip in evaluate.load_corpus(corpus)][:2]
+    """Of files, a folder and a wildcard, also behind one that is not there."""
+    run, clips = runs / "fold1", [str(corpus.parent / f"0-anger-{n}.wav") for n in (0, 1)]
     configure(run, threshold=None)
-    assert "gone.wav" in refused(evaluate, run, "--audio", clips[0], "gone.wav", clips[1], "--json", "a.json")
+    Path("folder/deep").mkdir(parents=True)
+    clips += [shutil.copy(clips[0], "folder/b.wav"), shutil.copy(clips[0], "folder/deep/a.wav")]
+    names = [clips[0], "gone.wav", f"{corpus.parent}/0-anger-[1].wav", "folder"]
+    assert "gone.wav" in refused(evaluate, run, "--audio", *names, "--json", "a.json")
     model = sdser.MultiExitSER.from_pretrained(run)
     for path, row, wanted in zip(clips, json.loads(Path("a.json").read_text()), model.classify(clips), strict=True):
         assert (row["path"], row["label"], row["exit"]) == (path, wanted.label, 4)

@@ -1,6 +1,7 @@
 """The model against `transformers` itself, and against its own promises: batch = single, exit k = k layers."""
 
 import io
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -37,7 +38,9 @@ def test_padding_changes_nothing(layout, head):
     waveforms, lengths = padded_batch()
     for do_normalize in (True, False):
         model = build(layout, head=[head] * 3, do_normalize=do_normalize).double()
-        together = model(waveforms.double(), lengths)
+        elsewhere = Mock(wraps=lengths, shape=lengths.shape)  # on another device
+        together = model(waveforms.double(), elsewhere)
+        elsewhere.to.assert_called_with(waveforms.device)
         for i, length in enumerate(LENGTHS):
             alone = model(waveforms[i : i + 1, :length].double())
             for a, b in zip(together, alone):
@@ -87,6 +90,16 @@ def test_gru_head_is_the_papers():
     assert_close(logits, head.classifier(head.projector(expected)))
 
 
+def test_stats_head_by_hand():
+    """Mean and standard deviation over a clip's own frames; the next test but one sees them exported."""
+    head, hidden, lengths = sdser.ExitHead("stats", 8, 3), torch.randn(2, 5, 8), torch.tensor([5, 3])
+    logits, embedding = head(sdser.Frames(hidden, sdser.valid_mask(lengths, 5)))
+    own = [clip[:length].detach().numpy() for clip, length in zip(hidden, lengths)]
+    expected = torch.tensor(np.array([np.r_[frames.mean(0), frames.std(0)] for frames in own]))
+    assert_close(embedding, expected, atol=1e-4, rtol=0)
+    assert_close(logits, head.classifier(head.projector(embedding)))
+
+
 def test_base_is_wav2vec2_base_and_its_heads_start_as_the_authors():
     model = sdser.MultiExitSER(LABELS, "base")
     assert model.exits == [3, 8, 10, 12] and model.head_kinds == ["gru", "gru", "gru", "mean"]
@@ -100,7 +113,11 @@ def test_base_is_wav2vec2_base_and_its_heads_start_as_the_authors():
 
 
 def test_what_is_no_model_is_refused():
-    for name, values in (("exits", ([2, 2], [2, 5])), ("labels", [["anger"]]), ("head", ("conv", ["attention"]))):
+    for name, values in (
+        ("exits", ([2, 2], [2, 5])),
+        ("labels", [["anger"]]),
+        ("head", ("conv", ["attention"], ["stats", "stats", "mean"])),
+    ):
         for value in values:
             refuses(name, sdser.MultiExitSER, **{"labels": LABELS, "backbone": "tiny", name: value})
 
@@ -224,8 +241,10 @@ def test_classify_files_and_waveforms(wav):
     path = wav(waveform.numpy(), subtype="FLOAT")
     for exit in (None, 1, 2, 4):
         expected = model.eval()(waveform[None], exit=exit or 4)[0].logits.softmax(-1)[0]
-        a, b, c = model.train().classify([path, waveform, io.BytesIO(path.read_bytes())], exit=exit)
-        assert model.training
+        model.train().backbone.eval()
+        (upload := io.BytesIO(path.read_bytes())).read(9)
+        a, b, c = model.classify([path, waveform, upload], exit=exit)
+        assert model.training and not model.backbone.training
         assert a._replace(milliseconds=0) == b._replace(milliseconds=0) == c._replace(milliseconds=0)
         assert a.exit == (exit or 4) and a.milliseconds > 0
         assert list(a.probabilities.values()) == pytest.approx(expected.tolist(), abs=1e-6)

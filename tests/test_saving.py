@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import LABELS, LAYOUTS, build, readable, refuses, write
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCTC, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
@@ -18,6 +19,8 @@ import train
 
 WAVEFORM = torch.sin(torch.arange(8000) * 0.1)
 FILES = {"config.json", "model.safetensors", "README.md"}
+# What a config may ask to be run, from the Hub.
+CODE = dict(attn_implementation="me/code", _attn_implementation="me/code", auto_map={"AutoModel": "me/code--a.B"})
 
 
 def answers(model):
@@ -38,8 +41,8 @@ def test_round_trip(layout, tmp_path, capfd):
     for name in config:  # what is missing is not made up; what else is there does not matter
         write(tmp_path / "config.json", json.dumps({key: value for key, value in config.items() if key != name}))
         refuses(str(tmp_path), sdser.MultiExitSER.from_pretrained, tmp_path)
-    write(tmp_path / "config.json", json.dumps({**config, "note": "mine"}))
-    assert sdser.MultiExitSER.from_pretrained(tmp_path).labels == LABELS
+    write(tmp_path / "config.json", json.dumps({**config, "note": "mine", "backbone": config["backbone"] | CODE}))
+    assert answers(sdser.MultiExitSER.from_pretrained(tmp_path)) == answers(model)
 
 
 def test_saving_leaves_an_edited_model_card_links_devices_pipes_and_readable_files(tmp_path):
@@ -109,9 +112,11 @@ def test_pre_trained_weights_are_used_in_float32(layout, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
-def test_feature_extractor_decides_on_normalisation(tmp_path, name):
-    """As older versions of transformers save it, or as processors of version 5 do."""
+def test_feature_extractor_decides_on_normalisation(tmp_path, name, monkeypatch):
+    """As older versions of transformers save it, or as processors of version 5 do; none of them brings code."""
+    monkeypatch.setattr("builtins.input", asked := Mock(return_value="n"))
     Wav2Vec2Model(LAYOUTS["wav2vec2-base"]).save_pretrained(tmp_path)
+    write(tmp_path / "config.json", json.dumps(json.loads((tmp_path / "config.json").read_text()) | CODE))
     with pytest.warns(UserWarning, match=f"^{tmp_path}: .*do_normalize"):
         assert sdser.MultiExitSER(LABELS, tmp_path).backbone.config.do_normalize
     extractor = Wav2Vec2FeatureExtractor(do_normalize=False).to_dict()
@@ -120,13 +125,30 @@ def test_feature_extractor_decides_on_normalisation(tmp_path, name):
     model = sdser.MultiExitSER(LABELS, tmp_path)
     assert not model.backbone.config.do_normalize
     model.save_pretrained(tmp_path / "mine")
+    assert not re.search(f"{tmp_path}|me/code", (tmp_path / "mine" / "config.json").read_text())
     again = sdser.MultiExitSER.from_pretrained(tmp_path / "mine")
     again.backbone.save_pretrained(tmp_path / "backbone")  # makes a backbone of one's own run
     for same in (again, sdser.MultiExitSER(LABELS, tmp_path / "backbone")):
         assert not same.backbone.config.do_normalize
     refuses(r"mine: .*backbone\.save_pretrained", sdser.MultiExitSER, LABELS, tmp_path / "mine")
-    write(tmp_path / name, '{"do_normalize": fal')
-    refuses(str(tmp_path), sdser.MultiExitSER, LABELS, tmp_path)
+    code = {"feature_extractor_type": "B", "auto_map": {"AutoFeatureExtractor": "me/code--a.B"}}
+    for text in ('{"do_normalize": fal', json.dumps({**code, "feature_extractor": code})):
+        write(tmp_path / name, text)
+        refuses(str(tmp_path), sdser.MultiExitSER, LABELS, tmp_path)
+    assert not asked.called
+
+
+def test_a_feature_extractor_that_only_the_hub_may_have_is_not_assumed(monkeypatch):
+    """Played: a cache that holds the config alone."""
+    exists, config = Mock(side_effect=OfflineModeIsEnabled("offline")), LAYOUTS["wav2vec2-base"].to_dict()
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", Mock(return_value=(config, {})))
+    monkeypatch.setattr("transformers.AutoFeatureExtractor.from_pretrained", Mock(side_effect=OSError("not cached")))
+    monkeypatch.setattr("huggingface_hub.file_exists", exists)
+    refuses("me/speech.*preprocessor_config", sdser.load_config, "me/speech")
+    exists.side_effect = [True, False]
+    refuses("me/speech.*preprocessor_config", sdser.load_config, "me/speech")
+    with pytest.warns(UserWarning, match=r"^me/speech: .*do_normalize"):
+        assert sdser.load_config("me/speech").do_normalize
 
 
 # -- damaged files, and files made to do harm --------------------------------------------------------------------------

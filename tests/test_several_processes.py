@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from conftest import NO_CHANCE, TINY, read_run
 from transformers import AutoModel, WavLMConfig
 
+import evaluate
 import sdser
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +72,17 @@ def test_two_processes_learn_and_score_what_one_does(corpus, tmp_path, size, acc
     together([two, "--json", tmp_path / "two.json"], tmp_path / "evaluated.txt", script="evaluate")
     rows = json.loads((tmp_path / "two.json").read_text())["rows"]
     assert [row["uar"] for row in rows[:3]] == [row["uar"] for row in results["test"]["exits"]]
+
+
+def test_only_torchruns_variables_make_a_process_one_of_several(monkeypatch, refused):
+    """Where RANK stands alone, as some clusters set it, or nothing is in it, the process speaks and saves."""
+    for rank, size, expected in (("1", None, 0), ("", None, 0), ("", "", 0), ("1", "1", 0), ("1", "2", 1)):
+        for name, value in (("RANK", rank), ("WORLD_SIZE", size)):
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        assert runpy.run_path(evaluate.__file__)["RANK"] == expected
+    monkeypatch.delenv("RANK")
+    monkeypatch.setattr(evaluate, "WORLD", 2)
+    assert "WORLD_SIZE" in refused(evaluate, "no-checkpoint")
 
 
 @pytest.mark.slow

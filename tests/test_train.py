@@ -71,7 +71,8 @@ def test_seeds_and_epochs_decide_on_batches_crops_and_weights_and_workers_do_not
         assert seen[:2] == seen[2:4] and len(set(map(str, seen))) == 4
 
 
-def test_a_folder_that_holds_something_is_not_written_to(tmp_path, refused):
+def test_a_folder_that_holds_something_is_not_written_to(corpus, tmp_path, refused, monkeypatch):
+    """Nor one into which another run has saved its first epoch meanwhile."""
     (tmp_path / "config.json").write_text("mine")
     assert str(tmp_path) in refused(train, "--out", tmp_path)
     assert "config.json" in refused(train, "--out", tmp_path / "config.json")
@@ -79,6 +80,10 @@ def test_a_folder_that_holds_something_is_not_written_to(tmp_path, refused):
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
     torch.save({"weights": torch.zeros(2)}, tmp_path / "train_state.pt")  # of something else
     assert "train_state.pt" in refused(train, "--resume", "--out", tmp_path)
+    split = tmp_path / "run" / "split.csv"
+    monkeypatch.setattr(train, "train_epoch", lambda *_: write(split, "theirs") and {"loss": 1.0})
+    assert str(split.parent) in refused(train, *command(corpus, split.parent))
+    assert split.read_text() == "theirs" and os.listdir(split.parent) == ["split.csv"]
 
 
 def test_labels_keep_their_clips_alone_and_final_trains_on_dev_too_to_the_last_epoch(corpus, tmp_path):
@@ -280,8 +285,8 @@ RECIPE = dict(loss=(1.0, 1.0, 1.0, True), rates=[2e-3, 2e-3], decay=0.01, norm=1
      dict(rates=[1e-4, 1e-4], decay=0.0, norm=np.inf, heads=["gru", "gru", "mean"], tile=0.3)),
     ("--exits 2 --head lstm --lr 1e-4 --head-lr 1e-2 --dtype bfloat16",
      dict(rates=[1e-4, 1e-2], bfloat16=True, heads=["lstm"])),
-    ("--kl-weight 0.5 --hint-weight 2 --temperature 3 --no-detach-teacher --label-fraction 0.2 --head lstm",
-     dict(loss=(0.5, 2.0, 3.0, False), heads=["lstm", "lstm", "mean"])),
+    ("--kl-weight 0.5 --hint-weight 2 --temperature 3 --no-detach-teacher --label-fraction 0.2 --head stats",
+     dict(loss=(0.5, 2.0, 3.0, False), heads=["stats"] * 3)),
     ("--kl-weight 0 --hint-weight 0 --fold 2/3 --head mean gru attention --batch-size 2 --accumulate 3",
      dict(loss=(0.0, 0.0, 1.0, True), heads=["mean", "gru", "attention"])),
 ])  # fmt: skip
