@@ -71,8 +71,7 @@ def browse(folder, names) -> dict:
         return server.shown
 
 
-@pytest.mark.skipif(not benchmark_edge.has_onnx(), reason="no onnx")
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
+@pytest.mark.skipif(not CHROMIUM or not benchmark_edge.has_onnx(), reason="no Chromium, or no onnx")
 @pytest.mark.skipif(not ORT_WEB.is_dir(), reason=f"no {ORT_WEB}; SDSER_ORT_WEB can name another folder")
 def test_the_page_answers_as_python_does(tmp_path, wav):
     """The page as it stands, with data/emodb's labels. Resamplers differ, so other rates get a wide tolerance."""

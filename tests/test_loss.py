@@ -36,7 +36,7 @@ def cross_entropy(logits, weights=(1, 1, 1)):
     (1, 1, 1, None), (0.5, 2, 3, (0.5, 3.0, 2.0)), (0, 1, 1, None), (1, 0, 2, None),
 ])  # fmt: skip
 def test_loss_is_the_equation(alpha, beta, t, weights):
-    """The weights of the classes weigh the cross-entropies of all exits."""
+    """The weights of the classes weigh the cross-entropies of all exits. One exit is plain fine-tuning."""
     class_weights = torch.tensor(weights) if weights else None
     loss, parts = self_distillation_loss(outputs(), torch.tensor(TARGETS), alpha, beta, t, True, class_weights)
     *ces, ce = (cross_entropy(logits, weights or (1, 1, 1)) for logits in LOGITS)
@@ -48,6 +48,8 @@ def test_loss_is_the_equation(alpha, beta, t, weights):
     expected = dict(ce=ce, ce_students=sum(ces) / 2, kl=kl if alpha else 0, hint=hint if beta else 0)
     assert parts == pytest.approx(expected, rel=1e-5)
     assert all(part.shape == () and not part.requires_grad for part in parts.values())
+    loss, parts = self_distillation_loss(outputs()[-1:], torch.tensor(TARGETS), alpha, beta, t, True, class_weights)
+    assert loss.item() == pytest.approx(ce) and parts == {"ce": loss, "ce_students": 0, "kl": 0, "hint": 0}
 
 
 def test_teacher_learns_from_its_labels_alone_unless_asked():
@@ -58,12 +60,6 @@ def test_teacher_learns_from_its_labels_alone_unless_asked():
         assert np.allclose(out[-1].logits.grad, own, atol=1e-6) == detach
         assert (out[-1].embedding.grad is None) == detach
         assert all(o.logits.grad.abs().sum() > 0 and o.embedding.grad.abs().sum() > 0 for o in out[:-1])
-
-
-def test_one_exit_is_plain_fine_tuning():
-    loss, parts = self_distillation_loss(outputs()[-1:], torch.tensor(TARGETS))
-    assert loss.item() == pytest.approx(cross_entropy(LOGITS[2]))
-    assert parts == {"ce": loss, "ce_students": 0, "kl": 0, "hint": 0}
 
 
 def test_fusion_takes_the_largest_margin():

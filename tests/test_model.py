@@ -42,8 +42,7 @@ def test_padding_changes_nothing(layout, head):
         together = model(waveforms.double(), elsewhere)
         elsewhere.to.assert_called_with(waveforms.device)
         for i, length in enumerate(LENGTHS):
-            alone = model(waveforms[i : i + 1, :length].double())
-            for a, b in zip(together, alone):
+            for a, b in zip(together, model(waveforms[i : i + 1, :length].double())):
                 assert_close(a.logits[i], b.logits[0], atol=1e-11, rtol=0)
                 assert_close(a.embedding[i], b.embedding[0], atol=1e-11, rtol=0)
 
@@ -53,10 +52,9 @@ def test_padding_changes_nothing(layout, head):
 def test_exit_is_the_transformers_model_of_that_many_layers(layout, do_normalize):
     """And runs these layers and no more; in training, no layer is dropped."""
     model = build(layout, exits=[1, 2, 3, 4], do_normalize=do_normalize, layerdrop=0.9)
-    waveform = 0.1 * torch.randn(1, 16_000) + 0.02
+    waveform, seen = 0.1 * torch.randn(1, 16_000) + 0.02, []  # by each exit
     extractor = Wav2Vec2FeatureExtractor(do_normalize=do_normalize)
     inputs = extractor(waveform[0].numpy(), sampling_rate=16_000, return_tensors="pt").input_values
-    seen = []  # by each exit
     for head in model.heads.values():
         head.register_forward_pre_hook(lambda _, args: seen.append(args[0].hidden))
     everything, calls = model(waveform), count_layers(model)
@@ -76,28 +74,23 @@ def test_exit_is_the_transformers_model_of_that_many_layers(layout, do_normalize
     assert [layer for layer, _, _ in calls] == [1, 2, 3, 4]
 
 
-def test_gru_head_is_the_papers():
-    """GRU from a zero state, LayerNorm, SELU, mean over frames, two linear layers: worked out step by step."""
-    head, hidden = sdser.ExitHead("gru", 8, 3), torch.randn(2, 5, 8)
+def test_gru_and_stats_heads_by_hand():
+    """As in the paper, a GRU from a zero state, LayerNorm, SELU, mean over frames, two linear layers.
+
+    Or mean and standard deviation over a clip's own frames.
+    """
+    gru, stats, hidden = sdser.ExitHead("gru", 8, 3), sdser.ExitHead("stats", 8, 3), torch.randn(2, 5, 8)
     cell, state, states = torch.nn.GRUCell(8, 8), torch.zeros(2, 8), []
-    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in head.rnn.state_dict().items()})
+    cell.load_state_dict({name.removesuffix("_l0"): value for name, value in gru.rnn.state_dict().items()})
     for t in range(5):
         state = cell(hidden[:, t], state)
-        states.append(torch.selu(head.norm(state)))
-    expected = torch.stack(states).mean(0)
-    logits, embedding = head(sdser.Frames(hidden))
-    assert_close(embedding, expected)
-    assert_close(logits, head.classifier(head.projector(expected)))
-
-
-def test_stats_head_by_hand():
-    """Mean and standard deviation over a clip's own frames; the next test but one sees them exported."""
-    head, hidden, lengths = sdser.ExitHead("stats", 8, 3), torch.randn(2, 5, 8), torch.tensor([5, 3])
-    logits, embedding = head(sdser.Frames(hidden, sdser.valid_mask(lengths, 5)))
-    own = [clip[:length].detach().numpy() for clip, length in zip(hidden, lengths)]
-    expected = torch.tensor(np.array([np.r_[frames.mean(0), frames.std(0)] for frames in own]))
-    assert_close(embedding, expected, atol=1e-4, rtol=0)
-    assert_close(logits, head.classifier(head.projector(embedding)))
+        states.append(torch.selu(gru.norm(state)))
+    own, three = [hidden[0].numpy(), hidden[1, :3].numpy()], sdser.valid_mask(torch.tensor([5, 3]), 5)
+    by_hand = torch.tensor(np.array([np.r_[frames.mean(0), frames.std(0)] for frames in own]))
+    for head, valid, expected in ((gru, None, torch.stack(states).mean(0)), (stats, three, by_hand)):
+        logits, embedding = head(sdser.Frames(hidden, valid))
+        assert_close(embedding, expected, atol=1e-4, rtol=0)
+        assert_close(logits, head.classifier(head.projector(embedding)))
 
 
 def test_base_is_wav2vec2_base_and_its_heads_start_as_the_authors():
@@ -112,7 +105,7 @@ def test_base_is_wav2vec2_base_and_its_heads_start_as_the_authors():
             assert layer.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
-def test_what_is_no_model_is_refused():
+def test_what_is_no_model_and_what_cannot_be_asked_of_one_is_refused():
     for name, values in (
         ("exits", ([2, 2], [2, 5])),
         ("labels", [["anger"]]),
@@ -120,22 +113,18 @@ def test_what_is_no_model_is_refused():
     ):
         for value in values:
             refuses(name, sdser.MultiExitSER, **{"labels": LABELS, "backbone": "tiny", name: value})
-
-
-@pytest.mark.parametrize(("call", "named"), [
-    (lambda model: model(TONES[0]), "waveforms"), (lambda model: model(TONES[:, :399]), "lengths .*399"),
-    *((lambda model, lengths=lengths: model(TONES[:2], torch.tensor(lengths)), f"lengths .*{named}")
-      for lengths, named in (([9000], ""), ([9000, 399], 399), ([9001, 500], 9001))),
-    (lambda model: model(TONES, exit=3), "exit 3"), (lambda model: model.truncate(3), "exit 3"),
-    (lambda model: model.classify(TONES[0], exit=3), "exit 3"),
-    (lambda model: model.classify(TONES[0], exit=1, threshold=0.5), "exit and threshold"),
-    (lambda model: model.classify(TONES[0], threshold="auto"), "auto"),
-    (lambda model: model.train().early_exit(TONES, None, 0.5), "evaluation mode"),
-    (lambda model: model.early_exit(TONES, None, 50.0), "threshold 50"),
-    (lambda model: model.early_exit(TONES, None, float("nan")), "threshold nan"),
-])  # fmt: skip
-def test_what_cannot_be_asked_of_a_model_is_refused(call, named):
-    refuses(named, call, build())
+    model = build()
+    for lengths, named in (([9000], ""), ([9000, 399], 399), ([9001, 500], 9001)):
+        refuses(f"lengths .*{named}", model, TONES[:2], torch.tensor(lengths))
+    refuses("waveforms", model, TONES[0]), refuses("lengths .*399", model, TONES[:, :399])
+    refuses("exit 3", model, TONES, exit=3), refuses("exit 3", model.truncate, 3)
+    for named, flags in (
+        ("exit 3", {"exit": 3}), ("exit and threshold", {"exit": 1, "threshold": 0.5}), ("auto", {"threshold": "auto"}),
+    ):  # fmt: skip
+        refuses(named, model.classify, TONES[0], **flags)
+    for threshold in (50.0, float("nan")):
+        refuses(f"threshold {threshold}", model.early_exit, TONES, None, threshold)
+    refuses("evaluation mode", model.train().early_exit, TONES, None, 0.5)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -168,13 +157,11 @@ def test_time_mask_is_spans_that_fit_and_covers_what_transformers_does():
     model.backbone.encoder.pos_conv_embed.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(TONES)
     assert (seen[0] == model.backbone.masked_spec_embed).all(-1).any(), "masked frames are the learned vector"
-    frames = torch.tensor([100, 30, 4, 1] * 100)
-    valid = sdser.valid_mask(frames, 100)
+    valid = sdser.valid_mask(frames := torch.tensor([100, 30, 4, 1] * 100), 100)
     mask = sdser.sample_time_mask(model.backbone.config, torch.zeros(400, 100, 1), valid)
     assert not (mask & ~valid).any()
     assert mask[frames == 4].sum(1).max() <= 2 and mask[frames == 1].sum() == 0
-    runs = mask[frames == 100].float().diff(dim=1).eq(1).sum(1)
-    assert runs.max() <= 3  # a few long spans, not scattered frames
+    assert mask[frames == 100].float().diff(dim=1).eq(1).sum(1).max() <= 3  # a few long spans, not scattered frames
     # two spans at least, in many clips of 5.984 s, with the config of wav2vec2-base
     mask = sdser.sample_time_mask(sdser.load_config("base"), torch.zeros(4000, 298, 1), None)
     theirs = _compute_mask_indices((4000, 298), 0.05, 10, min_masks=2).mean()
@@ -197,13 +184,11 @@ def test_early_exit_drops_clips_and_gives_each_what_it_gets_alone(layout):
     assert [(layer, clips) for layer, clips, _ in calls] == expected
     assert len(exits.unique()) > 1, "the test must see clips leave at different exits"
     for i, length in enumerate(lengths):
-        confident = [output for output in every if output.logits[i].softmax(-1).max() >= threshold]
-        expected = confident[0] if confident else every[-1]
+        expected = next((x for x in every if x.logits[i].softmax(-1).max() >= threshold), every[-1])
         assert exits[i] == expected.exit
         assert_close(logits[i], expected.logits[i])
-        alone, alone_exit = model.early_exit(waveforms[i : i + 1, :length], None, threshold)
-        assert alone_exit == exits[i]
-        assert_close(alone[0], logits[i])
+        alone = model.early_exit(waveforms[i : i + 1, :length], None, threshold)
+        assert_close((alone[0][0], alone[1][0]), (logits[i], exits[i]))
     clips = [waveform[:length] for waveform, length in zip(waveforms, lengths)]
     for given in (threshold, "auto"):
         assert [answer.exit for answer in model.classify(clips, threshold=given)] == exits.tolist()
@@ -211,7 +196,7 @@ def test_early_exit_drops_clips_and_gives_each_what_it_gets_alone(layout):
     assert model.early_exit(waveforms[:1], None, reached)[1] == 1, "a threshold that is just reached"
 
 
-def test_early_exit_trims_to_the_longest_that_stays(layout, monkeypatch):
+def test_early_exit_trims_to_the_longest_that_stays_and_another_stop_rule_is_one_function(layout, monkeypatch):
     """The longest clip leaves first: the layers after it see no more frames than the others have."""
     model = build(layout)
     waveforms, lengths = 0.1 * torch.randn(3, 20_000), torch.tensor([20_000, 5000, 3000])
@@ -221,16 +206,10 @@ def test_early_exit_trims_to_the_longest_that_stays(layout, monkeypatch):
     logits, exits = model.early_exit(waveforms, lengths, 0.9)
     assert exits.tolist() == [1, 4, 4] and calls == [(1, 3, 62), (2, 2, 15), (3, 2, 15), (4, 2, 15)]
     assert_close(logits[1:], every[-1].logits[1:])
-
-
-def test_another_stop_rule_is_one_function(layout, monkeypatch):
-    """Patience: a clip leaves once two exits in a row agree. The model and evaluate.py both ask `should_stop`."""
-    model = build(layout)
+    # Patience: a clip leaves once two exits in a row agree. The model and evaluate.py both ask `should_stop`.
     logits = torch.stack([output.logits for output in model(TONES)])
-    # with one exit so far, there is no pair
     monkeypatch.setattr(sdser, "should_stop", lambda logits, _: (logits[-2:].argmax(-1).diff(dim=0) == 0).any(0))
-    answers = logits.argmax(-1)
-    expected = torch.where(answers[1] == answers[0], 2, 4)
+    expected = torch.where(logits[1].argmax(-1) == logits[0].argmax(-1), 2, 4)  # with one exit, there is no pair
     assert model.early_exit(TONES, None, 0.5)[1].tolist() == expected.tolist()
     assert torch.tensor(model.exits)[evaluate.exit_index(logits, 0.5)].tolist() == expected.tolist()
 
@@ -259,11 +238,9 @@ def test_classify_files_and_waveforms(wav):
 
 def test_a_model_trained_on_tiles_classifies_tiles():
     config = LAYOUTS["wav2vec2-base"].to_dict()  # without do_normalize, which transformers keeps elsewhere
-    model = sdser.MultiExitSER(LABELS, config, tile_seconds=0.5).eval()
+    model, waveform = sdser.MultiExitSER(LABELS, config, tile_seconds=0.5).eval(), torch.randn(3000)
     assert model.backbone.config.do_normalize
-    waveform = torch.randn(3000)
-    with torch.no_grad():
-        expected = model(waveform.repeat(3)[None, :8000])[-1].logits.softmax(-1)[0].tolist()
+    expected = model(waveform.repeat(3)[None, :8000])[-1].logits.softmax(-1)[0].tolist()
     assert list(model.classify(waveform)[0].probabilities.values()) == pytest.approx(expected, abs=1e-6)
     assert sdser.read_clip(torch.randn(9000), 0.5).shape == (8000,)
 

@@ -19,7 +19,6 @@ import train
 
 WAVEFORM = torch.sin(torch.arange(8000) * 0.1)
 FILES = {"config.json", "model.safetensors", "README.md"}
-# What a config may ask to be run, from the Hub.
 CODE = dict(attn_implementation="me/code", _attn_implementation="me/code", auto_map={"AutoModel": "me/code--a.B"})
 
 
@@ -33,10 +32,9 @@ def test_round_trip(layout, tmp_path, capfd):
     model.save_pretrained(tmp_path)
     again = sdser.MultiExitSER.from_pretrained(tmp_path)
     assert capfd.readouterr() == ("", "")  # nothing on standard output, which belongs to --json -
-    assert not any(module.training for module in again.modules())
+    assert not any(module.training for module in again.modules()) and set(os.listdir(tmp_path)) == FILES
     assert (again.labels, again.exits, again.threshold, again.tile_seconds) == (LABELS, [1, 2, 4], 0.8, 0.7)
     assert answers(again) == answers(model)
-    assert set(os.listdir(tmp_path)) == FILES
     config = json.loads((tmp_path / "config.json").read_text())
     for name in config:  # what is missing is not made up; what else is there does not matter
         write(tmp_path / "config.json", json.dumps({key: value for key, value in config.items() if key != name}))
@@ -45,7 +43,8 @@ def test_round_trip(layout, tmp_path, capfd):
     assert answers(sdser.MultiExitSER.from_pretrained(tmp_path)) == answers(model)
 
 
-def test_saving_leaves_an_edited_model_card_links_devices_pipes_and_readable_files(tmp_path):
+def test_saving_leaves_an_edited_model_card_links_devices_pipes_and_readable_files(tmp_path, monkeypatch):
+    """Two processes may write a file at once, so each has a temporary one of its own, which it then puts in place."""
     build().save_pretrained(tmp_path)
     write(tmp_path / "README.md", "mine")
     (tmp_path / "link").symlink_to(tmp_path / "config.json")
@@ -57,40 +56,32 @@ def test_saving_leaves_an_edited_model_card_links_devices_pipes_and_readable_fil
     build().save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
     assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "link").stat().st_mode
-
-
-@pytest.mark.parametrize("name", ["out", "runs/of/mine", "/nowhere/out", "nobody/nothing"])
-def test_missing_checkpoint_is_named(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=name):
-        sdser.MultiExitSER.from_pretrained(name)
+    monkeypatch.setattr(os, "replace", replaced := Mock(wraps=os.replace))
+    for process in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        sdser.replace_file(tmp_path / "file", "new")
+    first, second = (call.args[0] for call in replaced.call_args_list)
+    assert first != second and set(os.listdir(tmp_path)) == {*FILES, "link", "file"}
 
 
 def test_to_the_hub_and_back(tmp_path, monkeypatch):
-    """By the mixin's own methods, with the Hub's answers made up."""
-    model, uploaded, api, download = build(), [], Mock(), Mock(return_value=str(tmp_path / "model"))
+    """By the mixin's own methods, with the Hub's answers made up. What is nowhere is named."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("out", "runs/of/mine", "/nowhere/out", "nobody/nothing"):
+        with pytest.raises(FileNotFoundError, match=name):
+            sdser.MultiExitSER.from_pretrained(name)
+    model, uploaded, api = build(), [], Mock()
     api.create_repo.return_value.repo_id = "me/model"
     api.upload_folder.side_effect = lambda folder_path, **_: uploaded.append(set(os.listdir(folder_path)))
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Mock(return_value=api))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download := Mock(return_value=str(tmp_path / "model")))
     model.push_to_hub("me/model")
     assert api.upload_folder.call_args.kwargs["repo_id"] == "me/model"
     model.save_pretrained(tmp_path / "model", push_to_hub=True, private=True)
     assert uploaded == [FILES, FILES] and api.create_repo.call_args.kwargs["private"]
     assert answers(sdser.MultiExitSER.from_pretrained("me/model", revision="v1")) == answers(model)
-    files = ["config.json", "model.safetensors"]  # no pickles
-    download.assert_called_once_with("me/model", allow_patterns=files, revision="v1")
-
-
-def test_writers_of_one_file_do_not_disturb_each_other(tmp_path, monkeypatch):
-    """Two processes may write it at once, so each has a temporary file of its own, which it then puts in place."""
-    replaced = Mock(wraps=os.replace)
-    monkeypatch.setattr(os, "replace", replaced)
-    for process in (1, 2):
-        monkeypatch.setattr(os, "getpid", lambda process=process: process)
-        sdser.replace_file(tmp_path / "file", "new")
-    first, second = (call.args[0] for call in replaced.call_args_list)
-    assert first != second and os.listdir(tmp_path) == ["file"]
+    no_pickles = ["config.json", "model.safetensors"]
+    download.assert_called_once_with("me/model", allow_patterns=no_pickles, revision="v1")
 
 
 # -- pre-trained backbones --------------------------------------------------------------------------------------------
@@ -106,9 +97,8 @@ def test_pre_trained_weights_are_used_in_float32(layout, tmp_path):
         model = sdser.MultiExitSER(LABELS, tmp_path / name, exits=[1, 3])
         assert model.backbone.dtype == torch.float32 and model.backbone.config.do_normalize
         assert all(module.training for module in model.modules())
-        for key, weights in model.backbone.state_dict().items():
-            if key != "masked_spec_embed":
-                assert torch.equal(weights, ctc.base_model.state_dict()[key].float()), (name, key)
+        for key in model.backbone.state_dict().keys() - {"masked_spec_embed"}:
+            assert torch.equal(model.backbone.state_dict()[key], ctc.base_model.state_dict()[key].float()), (name, key)
 
 
 @pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
@@ -122,13 +112,11 @@ def test_feature_extractor_decides_on_normalisation(tmp_path, name, monkeypatch)
     extractor = Wav2Vec2FeatureExtractor(do_normalize=False).to_dict()
     processor = {"processor_class": "Wav2Vec2Processor", "feature_extractor": extractor}
     write(tmp_path / name, json.dumps(extractor if name.startswith("pre") else processor))
-    model = sdser.MultiExitSER(LABELS, tmp_path)
-    assert not model.backbone.config.do_normalize
-    model.save_pretrained(tmp_path / "mine")
+    (model := sdser.MultiExitSER(LABELS, tmp_path)).save_pretrained(tmp_path / "mine")
     assert not re.search(f"{tmp_path}|me/code", (tmp_path / "mine" / "config.json").read_text())
     again = sdser.MultiExitSER.from_pretrained(tmp_path / "mine")
     again.backbone.save_pretrained(tmp_path / "backbone")  # makes a backbone of one's own run
-    for same in (again, sdser.MultiExitSER(LABELS, tmp_path / "backbone")):
+    for same in (model, again, sdser.MultiExitSER(LABELS, tmp_path / "backbone")):
         assert not same.backbone.config.do_normalize
     refuses(r"mine: .*backbone\.save_pretrained", sdser.MultiExitSER, LABELS, tmp_path / "mine")
     code = {"feature_extractor_type": "B", "auto_map": {"AutoFeatureExtractor": "me/code--a.B"}}
