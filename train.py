@@ -240,7 +240,7 @@ def make_optimizer(model: sdser.MultiExitSER, args, steps: int):
         {"params": [p for p in model.backbone.parameters() if p.requires_grad], "lr": args.lr},
         {"params": list(model.heads.parameters()), "lr": args.head_lr},
     ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
     warmup = max(1, round(0.1 * steps))
 
     def factor(step):

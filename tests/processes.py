@@ -67,4 +67,4 @@ def step_plainly() -> None:
     """Steps of SGD, as AdamW makes full steps of mere rounding; each epoch tells what dropout would be drawn from."""
     train_epoch = train.train_epoch
     train.train_epoch = lambda *args: print("seed", torch.initial_seed(), file=sys.stderr) or train_epoch(*args)
-    torch.optim.AdamW = lambda groups, weight_decay: torch.optim.SGD(groups)
+    torch.optim.AdamW = lambda groups, **_: torch.optim.SGD(groups)
