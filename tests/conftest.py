@@ -156,9 +156,7 @@ def little_memory():
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-@pytest.fixture(params=LAYOUTS)
-def layout(request):
-    return request.param
+layout = pytest.fixture(params=LAYOUTS)(lambda request: request.param)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -159,7 +158,7 @@ def test_medians_tails_changes_and_heads(tmp_path, monkeypatch, capsys, flags, h
     clock, peak = Mock(now=0.0), None if flags else 4800  # None: where the system does not tell
 
     def load(path, threads):
-        model, exit, calls = benchmark_edge.load_torch(path, threads), int(Path(path).name[0]), []
+        model, exit, calls = benchmark_edge.load_torch(path, threads), int(re.search(r"(\d)-fp32", path)[1]), []
 
         def run(waveform):
             calls.append(1)
