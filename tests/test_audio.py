@@ -2,8 +2,7 @@
 
 import io
 import sys
-from types import SimpleNamespace
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, Mock
 
 import numpy as np
 import pytest
@@ -160,7 +159,7 @@ def test_headers_may_promise_a_few_milliseconds_or_what_programs_write_into_a_pi
     torch.randn(2, 8000), (16_000, torch.randn(8000)), {"array": torch.randn(8000)}, [0.1, 0.2],
     torch.zeros(8000, dtype=torch.int16), b"RIFF", io.BytesIO(b""), io.BytesIO(b"no audio"), ".", "",
     "none.wav", io.BytesIO(b"\0\0\0\x20ftypM4A " + bytes(100)), np.array(["none.wav"]),
-    SimpleNamespace(read=AsyncMock()), *(SimpleNamespace(read=bytes, name=name) for name in (None, 3)),
+    Mock(read=AsyncMock()), *(type("Upload", (), {"read": bytes, "name": name}) for name in (None, 3)),
 ])  # fmt: skip
 def test_what_is_no_clip_is_refused(clip):
     model = build()

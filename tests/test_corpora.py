@@ -53,7 +53,6 @@ def test_other_files_and_second_copies_are_left_out_and_one_is_named(tmp_path):
         evaluate.load_corpus("iemocap")
 
 
-# -- manifests --------------------------------------------------------------------------------------------------------
 def test_manifest(tmp_path):
     text = 'label, Path ,SPEAKER, split,note,Sex\r\njoy,"a, b.wav",S1,train,x,f\r\nSorge,/abs/ü.wav,,dev,,\r\n\r\n'
     with pytest.warns(UserWarning, match="note, Sex") as warned:
@@ -109,7 +108,6 @@ def test_names_that_differ_only_in_case_are_warned_of(corpus, tmp_path, old, new
         train.load_data(train.parse_args(["--data", str(write(tmp_path / "a.csv", text))]))
 
 
-# -- splits -----------------------------------------------------------------------------------------------------------
 def made_up(count):
     """Clips of two labels, 10, 12 or 14 of each speaker."""
     return [Clip(f"{i}-{x}-{n}", x, f"s{i}") for i in range(count) for n in range(5 + i % 3) for x in "ab"]

@@ -132,7 +132,6 @@ def test_iemocap_holds_out_whole_sessions():
     assert Counter(clip.label for clip in clips) == common | rare
     path = "path/to/IEMOCAP/Session5/sentences/wav/Ses05M_script01_1b/Ses05M_script01_1b_F000.wav"
     assert Clip(path, "happiness", "Ses05") in clips
-
     four = [clip for clip in clips if clip.label in common]  # what --labels does
     folds = [speakers(evaluate.split_clips(four, (fold, 5))) for fold in range(1, 6)]
     assert all([len(fold[split]) for split in evaluate.SPLITS] == [3, 1, 1] for fold in folds)
@@ -160,7 +159,6 @@ def test_emobox_takes_dev_from_the_training_sessions_or_every_fourth_clip_of_a_l
     assert speakers(clips) == {"train": {"Ses03", "Ses04", "Ses05"}, "dev": {"Ses02"}, "test": {"Ses01"}}
     assert Counter(clip.label for clip in clips) == {"Happy": 10, "Neutral": 5, "Angry": 5, "Sad": 5}
     assert Clip(f"path/to/EmoBox/downloads/iemocap/{turns[2][4][0]}", "Happy", "Ses02", "dev") in clips
-
     training = [(f"wav/03a0{n}Nc.wav", "neutral") for n in range(5)]
     training += [(f"wav/03a0{n}Wa.wav", "anger") for n in reversed(range(8))]
     test = [("wav/16a01Wa.wav", "anger"), ("wav/16a01Na.wav", "neutral")]

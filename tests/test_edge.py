@@ -35,7 +35,6 @@ def export(run, path, exit, precision="fp32") -> None:
     benchmark_edge.main(f"{run} --export {path} --exit {exit} --precision {precision} --threads 1".split())
 
 
-# -- exported files ---------------------------------------------------------------------------------------------------
 def run_alone(folder, clip) -> tuple[str, list, list]:
     """What the lines of docs/edge.md print, without torch and this project; the probabilities; the .onnx's labels."""
     [code] = re.findall(r"```python\n(.*?)```", (evaluate.HERE / "docs/edge.md").read_text("utf-8"), re.DOTALL)
@@ -53,8 +52,7 @@ def run_alone(folder, clip) -> tuple[str, list, list]:
 ])  # fmt: skip
 def test_exported_files_stand_alone(tmp_path, precision, head, tolerance, tile_seconds):
     """Also those of a model trained on tiles; they hold nothing of this machine, and nothing that runtimes refuse."""
-    import onnx
-
+    onnx = pytest.importorskip("onnx")
     model, path = saved(tmp_path / "run", head=head, tile_seconds=tile_seconds), tmp_path / "model.onnx"
     export(tmp_path / "run", path, 2, precision)
     assert {file.name for file in tmp_path.iterdir()} == {"run", path.name}
@@ -127,7 +125,6 @@ def test_what_cannot_be_written_or_would_fail_later_is_refused_before_the_work(t
         assert flag.partition("=")[0] in refused(benchmark_edge, tmp_path, "--export", tmp_path / "a.onnx", flag)
 
 
-# -- the benchmark ----------------------------------------------------------------------------------------------------
 @needs_onnx
 def test_benchmark_of_a_checkpoint_on_as_many_threads_as_asked_for(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
