@@ -49,8 +49,8 @@ def macs_by_hand(samples, layers, head, gated=False) -> tuple[int, int]:
     for i, (kernel, stride) in enumerate([(10, 5), *[(3, 2)] * 4, (2, 2), (2, 2)]):
         t = (t - kernel) // stride + 1
         macs += t * 16 * kernel * (16 if i else 1)
-    macs += t * (16 * d + 16 * d * d // 4)  # projection, position convolution
-    macs += layers * t * (4 * d * d + 2 * d * inner + 2 * t * d + 8 * d * gated)
+    layer = 4 * d * d + 2 * d * inner + 2 * t * d + 8 * d * gated
+    macs += t * (16 * d + 16 * d * d // 4 + layers * layer)  # projection, position convolution, layers
     in_head = t * {"gru": 6 * d * d, "lstm": 8 * d * d, "attention": 2 * d, "mean": 0}[head] + 256 * (d + 3)
     return macs + in_head, in_head
 
@@ -156,9 +156,7 @@ def little_memory():
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-@pytest.fixture(params=LAYOUTS)
-def layout(request):
-    return request.param
+layout = pytest.fixture(params=LAYOUTS)(lambda request: request.param)
 
 
 @pytest.fixture

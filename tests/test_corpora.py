@@ -53,7 +53,6 @@ def test_other_files_and_second_copies_are_left_out_and_one_is_named(tmp_path):
         evaluate.load_corpus("iemocap")
 
 
-# -- manifests --------------------------------------------------------------------------------------------------------
 def test_manifest(tmp_path):
     text = 'label, Path ,SPEAKER, split,note,Sex\r\njoy,"a, b.wav",S1,train,x,f\r\nSorge,/abs/ü.wav,,dev,,\r\n\r\n'
     with pytest.warns(UserWarning, match="note, Sex") as warned:
@@ -109,7 +108,6 @@ def test_names_that_differ_only_in_case_are_warned_of(corpus, tmp_path, old, new
         train.load_data(train.parse_args(["--data", str(write(tmp_path / "a.csv", text))]))
 
 
-# -- splits -----------------------------------------------------------------------------------------------------------
 def made_up(count):
     """Clips of two labels, 10, 12 or 14 of each speaker."""
     return [Clip(f"{i}-{x}-{n}", x, f"s{i}") for i in range(count) for n in range(5 + i % 3) for x in "ab"]
@@ -132,17 +130,14 @@ def test_folds_share_no_speaker_miss_no_label_and_test_every_clip_once():
 OWN = [Clip(f"{split}-{label}", label, f"s{split}", split) for split in evaluate.SPLITS for label in "ab"]
 
 
-@pytest.mark.parametrize(("clips", "named"), [
-    (made_up(4), "4 speakers"), ([Clip("x.wav", "a", None)], "x.wav"),
-    ([*OWN, Clip("y", "a", "strain", "test")], "strain.*column speaker"), ([*OWN, Clip("y.wav", "a", "sy")], "y.wav"),
-    (OWN[:-2], "test"), (OWN[2:], "train"), ([*OWN, Clip("y", "rare", "sdev", "dev")], "train .*rare"),
-])  # fmt: skip
-def test_splits_that_cannot_be_are_refused(clips, named):
-    refuses(named, evaluate.split_clips, clips)
-
-
-def test_a_label_that_dev_or_test_lacks_is_warned_of():
-    """Leave-one-speaker-out of EMO-DB: speaker 08 has no disgust."""
+def test_splits_that_cannot_be_are_refused_and_a_label_that_dev_or_test_lacks_is_warned_of():
+    for clips, named in (
+        (made_up(4), "4 speakers"), ([Clip("x.wav", "a", None)], "x.wav"), (OWN[:-2], "test"), (OWN[2:], "train"),
+        ([*OWN, Clip("y", "a", "strain", "test")], "strain.*column speaker"),
+        ([*OWN, Clip("y.wav", "a", "sy")], "y.wav"), ([*OWN, Clip("y", "rare", "sdev", "dev")], "train .*rare"),
+    ):  # fmt: skip
+        refuses(named, evaluate.split_clips, clips)
+    # leave-one-speaker-out of EMO-DB: speaker 08 has no disgust
     emodb = [Clip(f"{i}{x}", x, f"{i:02}") for i in range(10) for x in "WLEAFTN" if (i, x) != (8, "E")]
     with warnings.catch_warnings(action="error"):
         for i in range(1, 9):

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -36,7 +35,6 @@ def export(run, path, exit, precision="fp32") -> None:
     benchmark_edge.main(f"{run} --export {path} --exit {exit} --precision {precision} --threads 1".split())
 
 
-# -- exported files ---------------------------------------------------------------------------------------------------
 def run_alone(folder, clip) -> tuple[str, list, list]:
     """What the lines of docs/edge.md print, without torch and this project; the probabilities; the .onnx's labels."""
     [code] = re.findall(r"```python\n(.*?)```", (evaluate.HERE / "docs/edge.md").read_text("utf-8"), re.DOTALL)
@@ -54,8 +52,7 @@ def run_alone(folder, clip) -> tuple[str, list, list]:
 ])  # fmt: skip
 def test_exported_files_stand_alone(tmp_path, precision, head, tolerance, tile_seconds):
     """Also those of a model trained on tiles; they hold nothing of this machine, and nothing that runtimes refuse."""
-    import onnx
-
+    onnx = pytest.importorskip("onnx")
     model, path = saved(tmp_path / "run", head=head, tile_seconds=tile_seconds), tmp_path / "model.onnx"
     export(tmp_path / "run", path, 2, precision)
     assert {file.name for file in tmp_path.iterdir()} == {"run", path.name}
@@ -128,7 +125,6 @@ def test_what_cannot_be_written_or_would_fail_later_is_refused_before_the_work(t
         assert flag.partition("=")[0] in refused(benchmark_edge, tmp_path, "--export", tmp_path / "a.onnx", flag)
 
 
-# -- the benchmark ----------------------------------------------------------------------------------------------------
 @needs_onnx
 def test_benchmark_of_a_checkpoint_on_as_many_threads_as_asked_for(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
@@ -159,7 +155,7 @@ def test_medians_tails_changes_and_heads(tmp_path, monkeypatch, capsys, flags, h
     clock, peak = Mock(now=0.0), None if flags else 4800  # None: where the system does not tell
 
     def load(path, threads):
-        model, exit, calls = benchmark_edge.load_torch(path, threads), int(Path(path).name[0]), []
+        model, exit, calls = benchmark_edge.load_torch(path, threads), int(re.search(r"(\d)-fp32", path)[1]), []
 
         def run(waveform):
             calls.append(1)

@@ -47,8 +47,7 @@ def configure(run, **changes) -> None:
 
 
 def test_costs_of_every_layout_and_head(layout):
-    model = build(layout, exits=[1, 2, 3, 4], head=["gru", "lstm", "attention", "mean"])
-    passed = 0  # the heads on the way
+    model, passed = build(layout, exits=[1, 2, 3, 4], head=["gru", "lstm", "attention", "mean"]), 0  # heads on the way
     for k, kind in zip(model.exits, model.head_kinds):
         macs, with_all = (evaluate.count_macs(model, 32_000, k, on_the_way) for on_the_way in (False, True))
         expected, head = macs_by_hand(32_000, k, kind, gated=layout.startswith("wavlm"))
@@ -71,7 +70,7 @@ def made_up(wrong: float) -> evaluate.Pool:
     return evaluate.Pool(build(), clips, torch.zeros(len(clips), dtype=int), logits, [None])
 
 
-def test_bootstrap_draws_speakers_with_all_their_clips():
+def test_bootstrap_draws_speakers_with_all_their_clips_and_comparison_is_paired():
     scored = made_up(wrong=0.3)
     targets, logits, units = scored.targets, scored.logits[0], np.array(scored.units)
     assert set(units) == {f"s{i}" for i in range(12)}
@@ -86,6 +85,11 @@ def test_bootstrap_draws_speakers_with_all_their_clips():
     targets, logits = torch.tensor([0, 1, 0, 1, 2]), torch.eye(4)[torch.tensor([[0, 1, 0, 1, 0]])]
     for speakers, uars in (("aabbc", {0.0, 0.666667, 1.0}), ("aaaaa", {0.666667})):
         assert set(evaluate.bootstrap(targets, logits, list(speakers))[0].round(6)) == uars
+    good, bad = made_up(wrong=0.1), made_up(wrong=0.5)
+    ours, theirs = (uar(pool.targets, pool.logits[0]) for pool in (good, bad))
+    for row, exit in zip(evaluate.compare(good, bad), [1, 2, 4, "fusion"], strict=True):
+        assert row["exit"] == exit and row["difference"] == pytest.approx(ours - theirs)
+        assert 0 < row["ci95"][0] < row["difference"] < row["ci95"][1]
 
 
 def test_intervals_cover_the_truth_95_times_in_100():
@@ -95,20 +99,11 @@ def test_intervals_cover_the_truth_95_times_in_100():
         for _ in range(1500):
             units = rng.normal(size=n)
             draws = units[rng.integers(n, size=(1000, n))].mean(1)
-            low, high = evaluate.interval(draws, list(map(str, range(n))))
-            narrow_low, narrow_high = np.percentile(draws, [2.5, 97.5])
-            covered.append((low < 0 < high, narrow_low < 0 < narrow_high))
+            both = evaluate.interval(draws, list(map(str, range(n)))), np.percentile(draws, [2.5, 97.5])
+            covered.append([low < 0 < high for low, high in both])
         ours, percentiles = np.mean(covered, 0)
         assert percentiles < bound < ours and 0.92 < ours < 0.965
     assert evaluate.interval(np.arange(1001.0), ["a", "b", "c", "d"]) is None
-
-
-def test_comparison_is_paired():
-    good, bad = made_up(wrong=0.1), made_up(wrong=0.5)
-    ours, theirs = (uar(pool.targets, pool.logits[0]) for pool in (good, bad))
-    for row, exit in zip(evaluate.compare(good, bad), [1, 2, 4, "fusion"], strict=True):
-        assert row["exit"] == exit and row["difference"] == pytest.approx(ours - theirs)
-        assert 0 < row["ci95"][0] < row["difference"] < row["ci95"][1]
 
 
 # -- early exit -------------------------------------------------------------------------------------------------------
@@ -149,11 +144,10 @@ def test_early_exits_row_is_what_the_model_does(runs):
     threshold = float(certain[5:7].mean())  # half of the 12 clips leave at exit 1
     configure(runs / "fold1", threshold=threshold)
     results = call(runs / "fold1")
-    model, right, left = sdser.MultiExitSER.from_pretrained(runs / "fold1"), 0, []
-    for clip in scored.clips:
-        logits, exit = model.early_exit(sdser.load_audio(clip.path)[None], None, threshold)
-        right += model.labels[logits.argmax()] == clip.label
-        left.append(exit.item())
+    model = sdser.MultiExitSER.from_pretrained(runs / "fold1")
+    waveforms = [sdser.load_audio(clip.path)[None] for clip in scored.clips]
+    logits, exits = map(torch.cat, zip(*(model.early_exit(waveform, None, threshold) for waveform in waveforms)))
+    right, left = (logits.argmax(-1) == scored.targets).sum().item(), exits.tolist()
     seconds = np.mean([soundfile.info(clip.path).duration for clip in scored.clips])
     macs = [evaluate.count_macs(model, round(16_000 * seconds), exit, heads_on_the_way=True) for exit in left]
     row = results["rows"][-1]

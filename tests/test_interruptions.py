@@ -34,9 +34,7 @@ def finish(corpus, out, epochs) -> tuple:
     results, log = read_run(out)
     state = torch.load(out / "train_state.pt", weights_only=True)
     assert state["log"] == log
-    del state["args"]
-    for line in state["log"]:
-        del line["seconds"]
+    state |= {"args": None, "log": [{**line, "seconds": None} for line in log]}
     kept = [(out / name).read_bytes() for name in ("model.safetensors", "config.json", "split.csv")]
     return comparable(state), results["dev"], results["test"], kept, sorted(os.listdir(out))
 

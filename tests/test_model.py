@@ -75,10 +75,7 @@ def test_exit_is_the_transformers_model_of_that_many_layers(layout, do_normalize
 
 
 def test_gru_and_stats_heads_by_hand():
-    """As in the paper, a GRU from a zero state, LayerNorm, SELU, mean over frames, two linear layers.
-
-    Or mean and standard deviation over a clip's own frames.
-    """
+    """A GRU from a zero state, LayerNorm, SELU, mean over frames, two linear layers, as in the paper; or statistics."""
     gru, stats, hidden = sdser.ExitHead("gru", 8, 3), sdser.ExitHead("stats", 8, 3), torch.randn(2, 5, 8)
     cell, state, states = torch.nn.GRUCell(8, 8), torch.zeros(2, 8), []
     cell.load_state_dict({name.removesuffix("_l0"): value for name, value in gru.rnn.state_dict().items()})
@@ -118,10 +115,8 @@ def test_what_is_no_model_and_what_cannot_be_asked_of_one_is_refused():
         refuses(f"lengths .*{named}", model, TONES[:2], torch.tensor(lengths))
     refuses("waveforms", model, TONES[0]), refuses("lengths .*399", model, TONES[:, :399])
     refuses("exit 3", model, TONES, exit=3), refuses("exit 3", model.truncate, 3)
-    for named, flags in (
-        ("exit 3", {"exit": 3}), ("exit and threshold", {"exit": 1, "threshold": 0.5}), ("auto", {"threshold": "auto"}),
-    ):  # fmt: skip
-        refuses(named, model.classify, TONES[0], **flags)
+    refuses("exit 3", model.classify, TONES[0], exit=3), refuses("auto", model.classify, TONES[0], threshold="auto")
+    refuses("exit and threshold", model.classify, TONES[0], exit=1, threshold=0.5)
     for threshold in (50.0, float("nan")):
         refuses(f"threshold {threshold}", model.early_exit, TONES, None, threshold)
     refuses("evaluation mode", model.train().early_exit, TONES, None, 0.5)
@@ -215,7 +210,7 @@ def test_early_exit_trims_to_the_longest_that_stays_and_another_stop_rule_is_one
 
 
 # -- classify and truncate --------------------------------------------------------------------------------------------
-def test_classify_files_and_waveforms(wav):
+def test_classify_files_waveforms_and_tiles(wav):
     model, waveform = build(), 0.1 * torch.randn(9000)
     path = wav(waveform.numpy(), subtype="FLOAT")
     for exit in (None, 1, 2, 4):
@@ -234,9 +229,6 @@ def test_classify_files_and_waveforms(wav):
     silent = wav(np.zeros(8000), "silent.wav")
     with pytest.warns(UserWarning, match=str(silent)):
         assert 0 < model.classify(silent)[0].confidence <= 1
-
-
-def test_a_model_trained_on_tiles_classifies_tiles():
     config = LAYOUTS["wav2vec2-base"].to_dict()  # without do_normalize, which transformers keeps elsewhere
     model, waveform = sdser.MultiExitSER(LABELS, config, tile_seconds=0.5).eval(), torch.randn(3000)
     assert model.backbone.config.do_normalize

@@ -84,7 +84,6 @@ def test_to_the_hub_and_back(tmp_path, monkeypatch):
     download.assert_called_once_with("me/model", allow_patterns=no_pickles, revision="v1")
 
 
-# -- pre-trained backbones --------------------------------------------------------------------------------------------
 def test_pre_trained_weights_are_used_in_float32(layout, tmp_path):
     """Also of speech recognition, as facebook/wav2vec2-base-960h, and pickled, as in older days: read as data."""
     ctc = AutoModelForCTC.from_config(LAYOUTS[layout]).half()
@@ -139,7 +138,6 @@ def test_a_feature_extractor_that_only_the_hub_may_have_is_not_assumed(monkeypat
         assert sdser.load_config("me/speech").do_normalize
 
 
-# -- damaged files, and files made to do harm --------------------------------------------------------------------------
 def save(kind, folder) -> tuple:
     """Saves a whole one; returns what reads it, the folder coming last."""
     if kind == "checkpoint":
@@ -184,9 +182,7 @@ def test_weights_that_do_not_fit_are_named_and_a_fault_in_the_code_is_not_taken_
         sdser.MultiExitSER.from_pretrained(tmp_path)
 
 
-class Bomb:
-    """Makes a folder if it is unpickled."""
-
+class Bomb:  # makes a folder if it is unpickled
     def __reduce__(self):
         return os.mkdir, ("exploded",)
 

@@ -76,12 +76,12 @@ def test_two_processes_learn_and_score_what_one_does(corpus, tmp_path, size, acc
 
 def test_only_torchruns_variables_make_a_process_one_of_several(monkeypatch, refused):
     """Where RANK stands alone, as some clusters set it, or nothing is in it, the process speaks and saves."""
-    for rank, size, expected in (("1", None, 0), ("", None, 0), ("", "", 0), ("1", "1", 0), ("1", "2", 1)):
-        for name, value in (("RANK", rank), ("WORLD_SIZE", size)):
-            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
-        assert runpy.run_path(evaluate.__file__)["RANK"] == expected
-    monkeypatch.delenv("RANK")
-    monkeypatch.setattr(evaluate, "WORLD", 2)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for variables, rank in (("RANK=1", 0), ("RANK= WORLD_SIZE=", 0), ("RANK=1 WORLD_SIZE=2", 1)):
+        for variable in variables.split():
+            monkeypatch.setenv(*variable.split("="))
+        assert runpy.run_path(evaluate.__file__)["RANK"] == rank
+    monkeypatch.delenv("RANK"), monkeypatch.setattr(evaluate, "WORLD", 2)
     assert "WORLD_SIZE" in refused(evaluate, "no-checkpoint")
 
 
