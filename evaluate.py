@@ -195,7 +195,7 @@ def read_manifest(manifest: str) -> list[Clip]:
     if not clips:
         raise InputError(f"{manifest}: lists no clips")
     if others:
-        message = f"columns that are kept with the clips, but not used: {', '.join(others)}"
+        message = f"other columns, kept as clip.more: {', '.join(others)}"
         warnings.warn(f"{manifest}: {message}", stacklevel=3)
     if repeated:
         warnings.warn(f"{manifest}: ignored {len(repeated)} duplicates: {repeated[0]}", stacklevel=3)

@@ -434,9 +434,12 @@ class MultiExitSER(
                 folder = huggingface_hub.snapshot_download(checkpoint, allow_patterns=files, **hub)
         with file_errors(checkpoint, "incomplete or damaged sdser checkpoint", advice):
             saved = json.loads(Path(folder, "config.json").read_text())
-            names = ("labels", "backbone", "exits", "head", "tile_seconds", "threshold")
-            arguments = {name: saved[name] for name in names}
             weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
+        names = ("labels", "backbone", "exits", "head", "tile_seconds", "threshold")
+        missing = ", ".join(name for name in names if name not in saved)
+        if missing:
+            raise InputError(f"{checkpoint}: its config.json, which lacks {missing}, is not of an sdser run; {advice}")
+        arguments = {name: saved[name] for name in names}
         try:
             with torch.device("meta"):  # no memory yet: a damaged config may ask for terabytes
                 model = cls(**arguments)
