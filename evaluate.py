@@ -290,7 +290,7 @@ def missing_labels(clips: list[Clip], split: str) -> list[str]:
 
 
 # -- reading clips, and the logits that a model gives them ------------------------------------------------------------
-BATCH_SECONDS = 96  # of padded audio that is scored at once, as in a training batch of 16 clips of 6 s
+BATCH_SECONDS = 24  # of padded audio that is scored at once; on a CPU, larger batches are slower
 
 
 def inspect_clips(clips: list[Clip], listed: str | None = None, skip_bad: bool = False) -> list[Clip]:

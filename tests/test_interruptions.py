@@ -50,7 +50,7 @@ def epochs_in(out) -> int:
     return (out / "log.jsonl").read_text().count("\n") if (out / "log.jsonl").exists() else 0
 
 
-@pytest.mark.parametrize(("kills", "epochs"), [(8, 6), pytest.param(25, 30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("kills", "epochs"), [(6, 6), pytest.param(25, 30, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(corpus, tmp_path, kills, epochs):
     """SIGKILLs across a run, in its start, its epochs and its saving."""
     expected, out = finish(corpus, tmp_path / "whole", epochs), tmp_path / "killed"

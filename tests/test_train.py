@@ -110,11 +110,11 @@ def test_scoring_gives_files_what_each_gets_alone_and_holds_no_more_at_once_than
             torch.testing.assert_close(row, output.logits[0], atol=1e-5, rtol=0)
     evaluate.predict(model, [clips[0]._replace(seconds=100.0)])  # more than a batch may hold: it gets one of its own
     monkeypatch.setattr(evaluate, "load_batches", batches := Mock(return_value=[]))
-    clips = [Clip(str(i), "a", None, "test", seconds) for i, seconds in enumerate([30.0, 1.0, 40.0, 2.0] * 10)]
-    for model.tile_seconds in (None, 4.0):
+    clips = [Clip(str(i), "a", None, "test", seconds) for i, seconds in enumerate([7.0, 1.0, 10.0, 1.5] * 10)]
+    for model.tile_seconds, most in ((None, 16), (4.0, 6)):
         evaluate.predict(model, clips)
         seen = batches.call_args.args[1]
-        assert sorted(i for batch in seen for i in batch) == list(range(40)) and max(map(len, seen)) == 16
+        assert sorted(i for batch in seen for i in batch) == list(range(40)) and max(map(len, seen)) == most
         longest = [model.tile_seconds or max(clips[i].seconds for i in batch) for batch in seen]
         assert all(len(batch) * seconds <= evaluate.BATCH_SECONDS for batch, seconds in zip(seen, longest))
 
