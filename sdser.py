@@ -148,10 +148,10 @@ def self_distillation_loss(
         ce_k = criterion(student.logits, targets, class_weights).mean()  # CE(z_k, y)
         ce_students = ce_students + ce_k / len(students)
         if kl_weight:  # T² KL(softmax(z_d/T) ‖ softmax(z_k/T))
-            log_p_student = F.log_softmax(student.logits / temperature, -1)
-            log_p_teacher = F.log_softmax(teacher_logits / temperature, -1)
-            # F.kl_div(q, p) is KL(p ‖ q): the student comes first, and both are log-probabilities
-            divergence = F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True)
+            # stacked, since F.kl_div would broadcast logits of another shape
+            log_q, log_p = F.log_softmax(torch.stack([student.logits, teacher_logits]) / temperature, -1)
+            # F.kl_div(log q, log p) is KL(p ‖ q): the student q comes first
+            divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
             kl = kl + temperature**2 * divergence / len(students)
         if hint_weight:
             hint = hint + F.mse_loss(student.embedding, teacher_embedding) / len(students)  # MSE(f_k, f_d)
