@@ -172,15 +172,11 @@ def fuse(logits: Tensor | list[ExitOutput]) -> Tensor:
     return logits[(first - second).argmax(0), torch.arange(logits.shape[1], device=logits.device)]
 
 
-# From 1, at which only a probability that rounds to 1 stops a clip early, to 0, at which all stop at the first exit.
-THRESHOLDS = [i / 100 for i in range(100, -1, -1)]
-
-
 def should_stop(logits: Tensor, threshold: float | Tensor) -> Tensor:
     """The stop rule of early exit: returns a mask (B,) bool of the clips that leave at the latest exit.
 
-    logits: (exits so far, B, C), of all exits, for rules that compare them; threshold: one of the range of THRESHOLDS,
-    or (B,). By this rule, a clip leaves when the latest exit's top probability reaches the threshold.
+    logits: (exits so far, B, C), of all exits, for rules that compare them; threshold: from 0 to 1, or (B,). By this
+    rule, a clip leaves when the latest exit's top probability reaches the threshold.
     """
     return probabilities(logits[-1]).amax(-1) >= threshold
 
@@ -320,7 +316,7 @@ class MultiExitSER(
 
         Clips that have left are dropped from the batch, and the others trimmed to the longest that stays: no layer runs
         unless some clip needs it. Returns logits (B, C) and the exit (B,) int64 that gave them; raises InputError as
-        `forward` does, in training mode, and for a threshold outside the range of THRESHOLDS.
+        `forward` does, in training mode, and for a threshold outside 0 to 1.
         """
         self.check_early_exit(threshold)
         frames = self.embed_frames(waveforms, lengths)
@@ -466,7 +462,7 @@ class MultiExitSER(
             raise InputError(f"head {head}: stats needs stats at every exit, since the hint compares their embeddings")
         ranges = (
             ("tile_seconds", tile_seconds, 0.025, MAX_SECONDS),
-            ("threshold", threshold, min(THRESHOLDS), max(THRESHOLDS)),
+            ("threshold", threshold, 0, 1),
         )
         for name, value, low, high in ranges:
             if value is not None and not (isinstance(value, int | float) and low <= value <= high):
@@ -474,8 +470,8 @@ class MultiExitSER(
 
     @staticmethod
     def check_threshold(threshold: float) -> None:
-        if not min(THRESHOLDS) <= threshold <= max(THRESHOLDS):
-            raise InputError(f"threshold {threshold}: expected a number from {min(THRESHOLDS)} to {max(THRESHOLDS)}")
+        if not 0 <= threshold <= 1:
+            raise InputError(f"threshold {threshold}: expected a number from 0 to 1")
 
     @staticmethod
     def real_lengths(waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
