@@ -460,18 +460,10 @@ class MultiExitSER(
             raise InputError(f"head {head}: expected one of {', '.join(HEADS)}, or one for each of {len(exits)} exits")
         if "stats" in head and set(head) != {"stats"}:
             raise InputError(f"head {head}: stats needs stats at every exit, since the hint compares their embeddings")
-        ranges = (
-            ("tile_seconds", tile_seconds, 0.025, MAX_SECONDS),
-            ("threshold", threshold, 0, 1),
-        )
+        ranges = ("tile_seconds", tile_seconds, 0.025, MAX_SECONDS), ("threshold", threshold, 0, 1)
         for name, value, low, high in ranges:
             if value is not None and not (isinstance(value, int | float) and low <= value <= high):
                 raise InputError(f"{name} {value!r}: expected a number from {low} to {high}, or None")
-
-    @staticmethod
-    def check_threshold(threshold: float) -> None:
-        if not 0 <= threshold <= 1:
-            raise InputError(f"threshold {threshold}: expected a number from 0 to 1")
 
     @staticmethod
     def real_lengths(waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
@@ -490,7 +482,8 @@ class MultiExitSER(
     def check_early_exit(self, threshold: float) -> None:
         if self.training:  # dropout and masks would decide
             raise InputError("early_exit needs a model in evaluation mode: call model.eval() first")
-        self.check_threshold(threshold)
+        if not 0 <= threshold <= 1:
+            raise InputError(f"threshold {threshold}: expected a number from 0 to 1")
 
     def check_exit(self, exit: int) -> None:
         if exit not in self.exits:
