@@ -424,14 +424,11 @@ class MultiExitSER(
         if not os.path.isdir(folder):
             with file_errors(checkpoint, "neither a folder nor a reachable Hub model", advice, FileNotFoundError):
                 folder = huggingface_hub.snapshot_download(checkpoint, allow_patterns=files, **hub)
-        with file_errors(checkpoint, "incomplete or damaged sdser checkpoint", advice):
-            saved = json.loads(Path(folder, "config.json").read_text())
-            weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
         names = ("labels", "backbone", "exits", "head", "tile_seconds", "threshold")
-        missing = ", ".join(name for name in names if name not in saved)
-        if missing:
-            raise InputError(f"{checkpoint}: its config.json, which lacks {missing}, is not of an sdser run; {advice}")
-        arguments = {name: saved[name] for name in names}
+        with file_errors(checkpoint, "not an sdser checkpoint, or an incomplete or damaged one", advice):
+            saved = json.loads(Path(folder, "config.json").read_text())
+            arguments = {name: saved[name] for name in names}
+            weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
         try:
             with torch.device("meta"):  # no memory yet: a damaged config may ask for terabytes
                 model = cls(**arguments)
