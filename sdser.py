@@ -434,7 +434,11 @@ class MultiExitSER(
                 model = cls(**arguments)
         except InputError as error:
             raise InputError(f"{checkpoint}: in config.json, {error}") from error
-        check_weights(checkpoint, model.state_dict(), weights)
+        shapes, expected = ({name: list(x.shape) for name, x in y.items()} for y in (weights, model.state_dict()))
+        differ = [name for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)]
+        if differ:
+            example = f"{differ[0]} is {shapes.get(differ[0], 'missing')}, not {expected.get(differ[0], 'expected')}"
+            raise InputError(f"{checkpoint}: {len(differ)} weights do not fit the config: {example}")
         # copied, because tensor alignment affects rounding
         weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
         model.load_state_dict(weights, assign=True)
@@ -857,16 +861,6 @@ def file_errors(path, problem: str, advice: str, kind: type[Exception] = InputEr
     except Exception as error:
         reason = (getattr(error, "strerror", None) or str(error)).strip().partition("\n")[0].rstrip(".:")
         raise kind(f"{path}: {problem} ({reason}); {advice}") from error
-
-
-def check_weights(path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raises InputError, with the first names that differ, unless weights have the names and shapes expected."""
-    shapes, expected_shapes = ({name: list(weight.shape) for name, weight in x.items()} for x in (found, expected))
-    differ = [name for name in {**expected, **found} if shapes.get(name) != expected_shapes.get(name)]
-    if differ:
-        details = ", ".join(f"{name} is {shapes.get(name, 'missing')}, not {expected_shapes.get(name, 'expected')}"
-                            for name in differ[:3])  # fmt: skip
-        raise InputError(f"{path}: {len(differ)} weights do not fit the config: {details}")
 
 
 def replace_file(path, content: bytes | str) -> None:

@@ -153,7 +153,6 @@ def run(args: argparse.Namespace) -> None:
     optimizer, scheduler = make_optimizer(model, args, args.epochs * steps_per_epoch)
     log = []
     if state:
-        sdser.check_weights(out / "train_state.pt", model.state_dict(), state["model"])
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
