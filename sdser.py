@@ -627,12 +627,10 @@ def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
 
 def read_config(backbone: str) -> dict:
     """Returns the config of a folder saved by `transformers` or of a Hub model; with `do_normalize`."""
-    looks_local = os.path.isabs(backbone) or "/" not in backbone  # if there is no such folder, it is probably a typo
     sizes = ", ".join(SIZES)
-    if looks_local and not os.path.isdir(backbone):
-        raise InputError(f"{backbone}: not a built-in size ({sizes}), nor a folder, nor a Hub name")
-    if os.path.isdir(backbone) and not os.path.isfile(os.path.join(backbone, "config.json")):
-        raise InputError(f"{backbone}: holds no config.json; expected a folder saved by transformers")
+    is_local = os.path.isabs(backbone) or "/" not in backbone or os.path.isdir(backbone)  # or else perhaps on the Hub
+    if is_local and not os.path.isfile(os.path.join(backbone, "config.json")):
+        raise InputError(f"{backbone}: not a built-in size ({sizes}), a Hub name, or a folder saved by transformers")
     with file_errors(backbone, "not a transformers checkpoint, or not a reachable Hub model", f"or use one of {sizes}"):
         config, _ = transformers.PretrainedConfig.get_config_dict(backbone)
     if {"labels", "exits", "backbone"} <= config.keys():
