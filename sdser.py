@@ -14,7 +14,7 @@ First the method, then its supporting code:
     the backbone      load_config, load_backbone; audio: load_audio; files
 
 Shapes: B clips, T samples or frames, D features, C classes. Waveforms are float32 at 16 kHz; a frame is 20 ms.
-Whatever a user can do wrong raises InputError, whose message is one sentence, or an OSError.
+A user's mistake raises InputError or FileNotFoundError, whose message is one sentence that says what would be right.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ __version__ = "1.0.0"
 
 # -- the exits ---------------------------------------------------------------------------------------------------------
 class Frames(NamedTuple):
-    """The frames of a batch on their way through the layers."""
+    """Holds the frames of a batch on their way through the layers."""
 
     hidden: Tensor  # (B, T, D)
     valid: Tensor | None = None  # (B, T) bool, which frames hold data; None where all do
@@ -118,7 +118,7 @@ def self_distillation_loss(
     outputs: list[ExitOutput], targets: Tensor, kl_weight: float = 1.0, hint_weight: float = 1.0,
     temperature: float = 1.0, detach_teacher: bool = True, class_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The paper's loss, with its KL term fixed: all exits learn the labels, the shallow ones also from the deepest.
+    """Returns the paper's loss, its KL term fixed: all exits learn the labels, the shallow ones also from the deepest.
 
         L = CE(z_d, y) + 1/|S| Σ_{k in S} [ CE(z_k, y) + α T² KL(softmax(z_d/T) ‖ softmax(z_k/T)) + β MSE(f_k, f_d) ]
 
@@ -163,8 +163,7 @@ def self_distillation_loss(
 def fuse(logits: Tensor | list[ExitOutput]) -> Tensor:
     """Returns the logits (B, C) of each clip's exit with the largest margin, top-1 minus top-2.
 
-    logits: (exits, B, C), of the exits that take part, or these exits' outputs. In the paper they are the students:
-    `fuse(outputs[:-1])`.
+    logits: (exits, B, C), or outputs, of the exits that take part; in the paper the students: `fuse(outputs[:-1])`.
     """
     if isinstance(logits, list):
         logits = torch.stack([output.logits for output in logits])
@@ -173,7 +172,7 @@ def fuse(logits: Tensor | list[ExitOutput]) -> Tensor:
 
 
 def should_stop(logits: Tensor, threshold: float | Tensor) -> Tensor:
-    """The stop rule of early exit: returns a mask (B,) bool of the clips that leave at the latest exit.
+    """Returns which clips leave at the latest exit, a mask (B,) bool: the stop rule of early exit.
 
     logits: (exits so far, B, C), of all exits, for rules that compare them; threshold: from 0 to 1, or (B,). By this
     rule, a clip leaves when the latest exit's top probability reaches the threshold.
@@ -196,7 +195,7 @@ class MultiExitSER(
     nn.Module, huggingface_hub.PyTorchModelHubMixin,  # push_to_hub, and a model card with what follows
     library_name="sdser", paper_url="https://arxiv.org/abs/2210.14636", pipeline_tag="audio-classification",
 ):  # fmt: skip
-    """A speech transformer with a classifier at several depths.
+    """Runs a speech transformer with a classifier at several depths.
 
     Args:
         labels: class names, in the order of the logits.
@@ -208,7 +207,6 @@ class MultiExitSER(
         tile_seconds: if set, the model was trained on clips that were repeated or cut to this length, and `classify`
             does the same to its input.
         threshold: of early exit, chosen on dev clips; `classify(threshold="auto")` uses it.
-    Raises InputError if the arguments do not describe a model; the message says what is allowed.
     """
 
     def __init__(
@@ -237,8 +235,6 @@ class MultiExitSER(
             exit: a single exit; None for all.
         Returns:
             one ExitOutput per exit, shallow to deep.
-        Raises:
-            InputError: shapes that do not fit, a clip shorter than one frame, an exit that the model lacks.
         """
         if exit is not None:
             self.check_exit(exit)
@@ -315,8 +311,7 @@ class MultiExitSER(
         """Runs layer by layer; a clip leaves at the first exit where `should_stop` says so, or at the deepest.
 
         Clips that have left are dropped from the batch, and the others trimmed to the longest that stays: no layer runs
-        unless some clip needs it. Returns logits (B, C) and the exit (B,) int64 that gave them; raises InputError as
-        `forward` does, in training mode, and for a threshold outside 0 to 1.
+        unless some clip needs it. Returns logits (B, C) and the exit (B,) int64 that gave them.
         """
         self.check_early_exit(threshold)
         frames = self.embed_frames(waveforms, lengths)
@@ -350,8 +345,6 @@ class MultiExitSER(
             exit: run to this exit and no further. Default: the deepest.
             threshold: stop at the first exit whose top probability reaches this; "auto": the model's own threshold.
             sample_rate: of the waveforms; files carry their own.
-        Raises:
-            InputError, FileNotFoundError: naming the clip that cannot be read or is too short or long, or the argument.
         """
         if exit is not None and threshold is not None:
             raise InputError("exit and threshold exclude each other: pass only one")
@@ -414,9 +407,7 @@ class MultiExitSER(
     def from_pretrained(cls, checkpoint, **hub) -> "MultiExitSER":
         """Loads what `save_pretrained` wrote, from a folder or the Hub, in evaluation mode; nothing is unpickled.
 
-        `hub`: arguments of `huggingface_hub.snapshot_download`, such as revision and token. Raises FileNotFoundError
-        without such a folder or Hub model, InputError for a checkpoint that is truncated or inconsistent with its
-        config.
+        `hub`: arguments of `huggingface_hub.snapshot_download`, such as revision and token.
         """
         checkpoint = folder = os.fspath(checkpoint)
         advice = "expected what train.py and model.save_pretrained write: config.json and model.safetensors"
@@ -715,11 +706,8 @@ def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor
 
     Args:
         file: a path or a binary file object; anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), at any sample
-            rate. Channels are averaged.
+            rate. Channels are averaged. What is truncated, shorter than one frame or not finite raises InputError.
         start, seconds: the part to read; default: from the start to the end.
-    Raises:
-        FileNotFoundError: no such file.
-        InputError: not audio, truncated, empty, shorter than one frame, or with NaN or infinite samples.
     """
     with open_audio(file) as (name, sound):
         rate, offset = sound.samplerate, round(start * sound.samplerate)
