@@ -442,7 +442,7 @@ def main(argv=None) -> None:
             torch.manual_seed(0)
             model = sdser.MultiExitSER(labels, args.backbone, args.exits, args.head).eval()
         args.exits = args.exits or model.exits
-        for exit in [*args.exits, args.exit] if args.exit is not None else args.exits:
+        for exit in [*args.exits, args.exit]:
             model.check_exit(exit)
         if args.export:
             return export_and_check(model, args)

@@ -813,8 +813,7 @@ def classify_files(args) -> int:
     """Prints a line per file as soon as it is known; returns the exit status, 2 if a file could not be read."""
     model = sdser.MultiExitSER.from_pretrained(args.checkpoints[0]).to(args.device)
     threshold = model.threshold if args.threshold is None and args.exit is None else args.threshold
-    if args.exit is not None:
-        model.check_exit(args.exit)
+    model.check_exit(args.exit)
     status, predictions = 0, []
     for path in [path for name in args.audio for path in expand(name)]:
         try:

@@ -236,8 +236,7 @@ class MultiExitSER(
         Returns:
             one ExitOutput per exit, shallow to deep.
         """
-        if exit is not None:
-            self.check_exit(exit)
+        self.check_exit(exit)
         frames, outputs = self.embed_frames(waveforms, lengths), []
         for k in self.exits if exit is None else [exit]:
             frames = self.run_layers(frames, k)  # resumes at the exit before
@@ -477,8 +476,8 @@ class MultiExitSER(
         if not 0 <= threshold <= 1:
             raise InputError(f"threshold {threshold}: expected a number from 0 to 1")
 
-    def check_exit(self, exit: int) -> None:
-        if exit not in self.exits:
+    def check_exit(self, exit: int | None) -> None:
+        if exit not in (None, *self.exits):
             raise InputError(f"exit {exit}: the model has exits {', '.join(map(str, self.exits))}")
 
 
