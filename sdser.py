@@ -751,9 +751,8 @@ def open_audio(file):
 
 
 def name_of(file) -> str:
-    """Returns what messages call a path or a file object, whose name may be None or a number."""
-    name = getattr(file, "name", None) if hasattr(file, "read") else file
-    return os.fspath(name) if isinstance(name, str | os.PathLike) and name else "the file object"
+    """Returns what messages call a path or a file object."""
+    return str(getattr(file, "name", None) or "the file object") if hasattr(file, "read") else os.fspath(file)
 
 
 def check_mp3(name: str, content: bytes) -> None:
