@@ -443,9 +443,7 @@ class MultiExitSER(
             raise InputError(f"labels {labels!r}: expected a list of names")
         if len(set(labels)) < max(2, len(labels)):
             raise InputError(f"labels {labels!r}: expected at least two names, all different")
-        if not isinstance(exits, list | tuple) or not all(isinstance(exit, int) for exit in exits):
-            raise InputError(f"exits {exits!r}: expected a list of layer numbers")
-        if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > layers:
+        if not exits or list(exits) != sorted({*exits} & {*range(1, layers + 1)}):
             raise InputError(f"exits {exits}: expected increasing numbers from 1 to at most {layers}, the last layer")
         if not isinstance(head, list | tuple) or len(head) != len(exits) or not all(kind in HEADS for kind in head):
             raise InputError(f"head {head}: expected one of {', '.join(HEADS)}, or one for each of {len(exits)} exits")
