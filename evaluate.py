@@ -6,15 +6,8 @@
     python evaluate.py out --data path/to/another/corpus
     python evaluate.py out --audio a.wav b.flac             # classify files
 
-It reads checkpoints and changes nothing in them. From top to bottom:
-
-    clips             Clip, target_of; load_corpus: a folder of a known corpus, or a manifest
-    splits            split_clips: no speaker is in two of them
-    reading           inspect_clips, before any work; batches; predict: clips -> logits
-    scores            scores; bootstrap, intervals; early exit
-    costs             count_macs, count_parameters
-    the report        Pool: the clips and logits of several runs; its tables, as JSON, text and plot
-    the command       classifying files; flags; how each of the scripts ends
+It reads checkpoints and changes nothing in them. First clips, from corpora and in splits; then scores, their intervals,
+and costs; then the report on one run or several; then the command, and how each of the scripts ends.
 """
 
 import argparse
