@@ -111,11 +111,9 @@ def load_corpus(source) -> list[Clip]:
     or InputError, naming the file and line and what would be right.
     """
     source = os.fspath(source)
-    if os.path.isdir(source):
-        return read_folder(source)
-    if not os.path.isfile(source):
+    if not os.path.exists(source):
         raise FileNotFoundError(f"{source}: no such folder or manifest")
-    return read_manifest(source)
+    return read_folder(source) if os.path.isdir(source) else read_manifest(source)
 
 
 def read_folder(folder: str) -> list[Clip]:
@@ -141,8 +139,7 @@ def read_folder(folder: str) -> list[Clip]:
     if not clips:
         raise InputError(f"{folder}: {files[0].name} matches no known corpus ({', '.join(CORPORA)}); write a manifest")
     if skipped:
-        message = f"skipped {len(skipped)} files that are not {corpus}, such as {skipped[0]}"
-        warnings.warn(f"{folder}: {message}", stacklevel=3)
+        warnings.warn(f"{folder}: ignored {len(skipped)} files that are not {corpus}: {skipped[0]}", stacklevel=3)
     if copies:
         warnings.warn(f"{folder}: ignored {len(copies)} duplicates: {copies[0]}", stacklevel=3)
     return list(clips.values())
@@ -188,8 +185,7 @@ def read_manifest(manifest: str) -> list[Clip]:
     if not clips:
         raise InputError(f"{manifest}: lists no clips")
     if others:
-        message = f"other columns, kept as clip.more: {', '.join(others)}"
-        warnings.warn(f"{manifest}: {message}", stacklevel=3)
+        warnings.warn(f"{manifest}: other columns are kept as clip.more: {', '.join(others)}", stacklevel=3)
     if repeated:
         warnings.warn(f"{manifest}: ignored {len(repeated)} duplicates: {repeated[0]}", stacklevel=3)
     return list(clips.values())
