@@ -221,20 +221,14 @@ def split_clips(clips: list[Clip], fold: tuple[int, int] = (1, 5), final: bool =
     """Gives every clip a split, by speaker; depends only on the clips and the fold.
 
     clips: splits of their own are kept. fold: (I, N), of N groups of speakers the I-th is test, the next one dev, the
-    rest train. final: dev trains too. Raises InputError for too few speakers, an empty split, a label that is not in
-    train, a speaker in two splits, or a clip with neither speaker nor split; warns of labels that dev or test lacks.
+    rest train. final: dev trains too. Raises InputError for too few speakers, a clip with neither speaker nor split,
+    and what `check_splits` refuses.
     """
     if not any(clip.split for clip in clips):
         clips = deal_speakers(clips, *fold)
     if final:
         clips = [clip._replace(split="train") if clip.split == "dev" else clip for clip in clips]
-    splits = ("train", "test") if final else SPLITS
-    check_splits(clips, splits)
-    for split in splits:
-        missing = missing_labels(clips, split)
-        if missing:
-            message = f"its {METRIC.upper()} is a mean over the others (another --fold may have all)"
-            warnings.warn(f"the {split} split lacks {', '.join(missing)}: {message}", stacklevel=2)
+    check_splits(clips, ("train", "test") if final else SPLITS)
     return clips
 
 
@@ -256,8 +250,11 @@ def deal_speakers(clips: list[Clip], index: int, count: int) -> list[Clip]:
 
 
 def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
-    """Raises InputError unless each of the splits has clips, train has every label, and no speaker is in two splits."""
-    split_of = {}
+    """Raises InputError unless each of the splits has clips, train has every label, and no speaker is in two splits.
+
+    Warns of labels that dev or test lacks.
+    """
+    split_of, labels = {}, {clip.label for clip in clips}
     for clip in clips:
         if clip.split is None:
             raise InputError(f"{clip.path}: has no split while other clips have one; give every clip a split, or none")
@@ -266,16 +263,15 @@ def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
             advice = "keep each in one; to accept a corpus's own splits as they are, leave the column speaker out"
             raise InputError(f"speaker {clip.speaker} is in two splits, {other} and {clip.split}; {advice}")
     for split in splits:
-        if not any(clip.split == split for clip in clips):
+        present = {clip.label for clip in clips if clip.split == split}
+        problem = f"the {split} split lacks {', '.join(sorted(labels - present))}"
+        if not present:
             raise InputError(f"the {split} split is empty; every split needs clips")
-    if missing_labels(clips, "train"):
-        missing = ", ".join(missing_labels(clips, "train"))
-        raise InputError(f"the train split lacks {missing}; use another --fold, or leave labels out by --labels")
-
-
-def missing_labels(clips: list[Clip], split: str) -> list[str]:
-    """Returns the labels that have no clip in a split."""
-    return sorted({clip.label for clip in clips} - {clip.label for clip in clips if clip.split == split})
+        if present != labels and split == "train":
+            raise InputError(f"{problem}; use another --fold, or leave labels out by --labels")
+        if present != labels:
+            message = f"its {METRIC.upper()} is a mean over the others (another --fold may have all)"
+            warnings.warn(f"{problem}: {message}", stacklevel=2)
 
 
 # -- reading clips, and the logits that a model gives them ------------------------------------------------------------
