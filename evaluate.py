@@ -537,8 +537,13 @@ class Pool(NamedTuple):
         return [clip.speaker if known else clip.path for clip in self.clips]
 
 
-def score_runs(checkpoints: list[str], split: str | None, source: str | None, device: str) -> Pool:
-    """Scores every run on its own clips of a split, or on another corpus; InputError unless all are of one kind."""
+def score_runs(
+    checkpoints: list[str], split: str | None, source: str | None, device: str, tolerance: float | None = None
+) -> Pool:
+    """Scores every run on its own clips of a split, or on another corpus; InputError unless all are of one kind.
+
+    tolerance: if set, each run's threshold is chosen anew, on its own dev clips.
+    """
     clips, run, logits, thresholds, first = [], [], [], [], None
     for i, checkpoint in enumerate(checkpoints):
         model = sdser.MultiExitSER.from_pretrained(checkpoint).to(device)
@@ -550,7 +555,13 @@ def score_runs(checkpoints: list[str], split: str | None, source: str | None, de
         clips += run_clips
         run += [i] * len(run_clips)
         logits.append(predict(model, run_clips))
-        thresholds.append(model.threshold)
+        threshold = model.threshold
+        if tolerance is not None:
+            dev = choose_clips(checkpoint, "dev", None, model.labels)
+            threshold = choose_threshold(targets_of(dev, model.labels), predict(model, dev), tolerance)
+            if threshold is None:
+                raise InputError(f"{checkpoint}: no threshold keeps dev within {tolerance}; use a larger --tolerance")
+        thresholds.append(threshold)
     return Pool(model.cpu(), clips, torch.tensor(run), torch.cat(logits, 1), thresholds)
 
 
@@ -632,10 +643,9 @@ def row_costs(model: sdser.MultiExitSER, seconds: float, left_at: Tensor | None)
 
 def evaluate(args) -> dict:
     """Returns everything that goes into the JSON."""
-    pool = score_runs(args.checkpoints, args.split, args.data, args.device)
+    pool = score_runs(args.checkpoints, args.split, args.data, args.device, args.tolerance)
     model, clips, targets = pool.model, pool.clips, pool.targets
-    run_thresholds = pool.thresholds if args.tolerance is None else choose_thresholds(args)
-    thresholds = None if None in run_thresholds else torch.tensor(run_thresholds)[pool.run]  # (N,)
+    thresholds = None if None in pool.thresholds else torch.tensor(pool.thresholds)[pool.run]  # (N,)
     logits = logits_by_row(model.exits, pool.logits, thresholds)
     rows = [{"exit": name, **scores(targets, row_logits)} for name, row_logits in logits.items()]
     results = {
@@ -647,7 +657,7 @@ def evaluate(args) -> dict:
         "chance": 1 / len(labels_of(clips)),
         "scores": list(rows[0])[1:],
         "rows": rows,
-        "thresholds": run_thresholds,
+        "thresholds": pool.thresholds,
     }
     left_at = None if thresholds is None else exit_index(pool.logits, thresholds)  # (N,)
     costs, on_the_way = row_costs(model, float(np.mean([clip.seconds for clip in clips])), left_at)
@@ -673,18 +683,6 @@ def evaluate(args) -> dict:
         about = {"path": clip.path, "speaker": clip.speaker, "label": clip.label}
         results["predictions"].append({**about, "answers": answers})
     return results
-
-
-def choose_thresholds(args) -> list[float]:
-    """Chooses a threshold for each run on its own dev clips, within --tolerance; for this report only."""
-    thresholds = []
-    for checkpoint in args.checkpoints:
-        dev = score_runs([checkpoint], "dev", None, args.device)
-        threshold = choose_threshold(dev.targets, dev.logits, args.tolerance)
-        if threshold is None:
-            raise InputError(f"{checkpoint}: no threshold keeps dev within {args.tolerance}; use a larger --tolerance")
-        thresholds.append(threshold)
-    return thresholds
 
 
 def by_label(targets: Tensor, logits: Tensor, labels: list[str]) -> dict:
