@@ -646,8 +646,15 @@ def evaluate(args) -> dict:
     pool = score_runs(args.checkpoints, args.split, args.data, args.device, args.tolerance)
     model, clips, targets = pool.model, pool.clips, pool.targets
     thresholds = None if None in pool.thresholds else torch.tensor(pool.thresholds)[pool.run]  # (N,)
+    left_at = None if thresholds is None else exit_index(pool.logits, thresholds)  # (N,)
+    costs, on_the_way = row_costs(model, float(np.mean([clip.seconds for clip in clips])), left_at)
     logits = logits_by_row(model.exits, pool.logits, thresholds)
-    rows = [{"exit": name, **scores(targets, row_logits)} for name, row_logits in logits.items()]
+    draws, rows = bootstrap(targets, torch.stack(list(logits.values())), pool.units), []
+    for (name, row_logits), row_draws in zip(logits.items(), draws):
+        row = {"exit": name, **scores(targets, row_logits), f"{METRIC}_ci95": interval(row_draws, pool.units)}
+        by_run = [metric(targets[pool.run == i], row_logits[pool.run == i]) for i in range(len(args.checkpoints))]
+        row[f"{METRIC}_sd_over_runs"] = float(np.std(by_run, ddof=1)) if len(by_run) > 1 else None
+        rows.append({**row, **by_label(targets, row_logits, model.labels), **costs[name]})
     results = {
         "labels": model.labels,
         "checkpoints": args.checkpoints,
@@ -655,18 +662,10 @@ def evaluate(args) -> dict:
         "clips": len(clips),
         "speakers": len({clip.speaker for clip in clips}) if all(clip.speaker for clip in clips) else None,
         "chance": 1 / len(labels_of(clips)),
-        "scores": list(rows[0])[1:],
+        "scores": list(scores(targets, row_logits)),
         "rows": rows,
         "thresholds": pool.thresholds,
     }
-    left_at = None if thresholds is None else exit_index(pool.logits, thresholds)  # (N,)
-    costs, on_the_way = row_costs(model, float(np.mean([clip.seconds for clip in clips])), left_at)
-    draws = bootstrap(targets, torch.stack(list(logits.values())), pool.units)
-    for row, row_logits, row_draws in zip(rows, logits.values(), draws):
-        row[f"{METRIC}_ci95"] = interval(row_draws, pool.units)
-        by_run = [metric(targets[pool.run == i], row_logits[pool.run == i]) for i in range(len(args.checkpoints))]
-        row[f"{METRIC}_sd_over_runs"] = float(np.std(by_run, ddof=1)) if len(by_run) > 1 else None
-        row.update(by_label(targets, row_logits, model.labels), **costs[row["exit"]])
     if left_at is not None:
         results["exit_share"] = {str(k): float((left_at == i).double().mean()) for i, k in enumerate(model.exits)}
         results["mean_layers"] = costs["early exit"]["layers"]
