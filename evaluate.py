@@ -605,21 +605,18 @@ def name_and_label(clip: Clip) -> tuple[str, str]:
 def compare(ours: Pool, theirs: Pool) -> list[dict]:
     """Returns the paired difference, ours minus theirs, at each exit that both have, and of fusion if both fuse."""
     # Both sides must hold the same clips. One may hold each of them n times (n seeds), if n is the same for all clips.
-    our_counts, their_counts = (
-        Counter((clip.path, clip.label, unit) for clip, unit in zip(pool.clips, pool.units)) for pool in (ours, theirs)
-    )
-    ratios = {our_counts[clip] / their_counts[clip] for clip in our_counts.keys() & their_counts.keys()}
-    if our_counts.keys() != their_counts.keys() or len(ratios) != 1:
+    pools = (ours, theirs)
+    counts = [Counter((clip.path, clip.label, unit) for clip, unit in zip(pool.clips, pool.units)) for pool in pools]
+    ratios = {counts[0][clip] / count for clip, count in counts[1].items()}
+    if counts[0].keys() != counts[1].keys() or len(ratios) != 1:
         raise InputError("--against: both sides must be scored on the same clips, each clip the same number of times")
-    our_rows, their_rows = (logits_by_row(pool.model.exits, pool.logits) for pool in (ours, theirs))
-    shared = [name for name in our_rows if name in their_rows]
+    rows = [logits_by_row(pool.model.exits, pool.logits) for pool in pools]
+    shared = [name for name in rows[0] if name in rows[1]]
     if ours.model.labels != theirs.model.labels or not shared:
         raise InputError("--against: both sides must have the same labels, and at least one exit in common")
-    values, draws = [], []
-    for pool, rows in ((ours, our_rows), (theirs, their_rows)):
-        logits = torch.stack([rows[name] for name in shared])
-        values.append([metric(pool.targets, row) for row in logits])
-        draws.append(bootstrap(pool.targets, logits, pool.units))
+    values = [[metric(pool.targets, row[name]) for name in shared] for pool, row in zip(pools, rows)]
+    logits = [torch.stack([row[name] for name in shared]) for row in rows]  # (rows, N, C) of each side
+    draws = [bootstrap(pool.targets, side, pool.units) for pool, side in zip(pools, logits)]
     differences = zip(shared, np.subtract(*values).tolist(), np.subtract(*draws))
     return [{"exit": name, "difference": value, "ci95": interval(row, ours.units)} for name, value, row in differences]
 
