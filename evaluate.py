@@ -174,7 +174,9 @@ def read_manifest(manifest: str) -> list[Clip]:
         if len(row) != len(names) or not values["path"] or not values["label"] or split not in (None, *SPLITS):
             advice = "expected path, label and optionally a split: train, dev or test"
             raise InputError(f"{manifest}: line {number} reads {row}; {advice}")
-        path = find_file(os.path.normpath(os.path.join(os.path.dirname(manifest), values["path"])))
+        path = os.path.normpath(os.path.join(os.path.dirname(manifest), values["path"]))
+        decomposed = unicodedata.normalize("NFD", path)  # as a Mac spells letters with accents
+        path = decomposed if os.path.exists(decomposed) and not os.path.exists(path) else path
         more = {name: values[name] for name in others}
         clip = Clip(path, values["label"], values.get("speaker") or None, split, more=more)
         if path in clips:
@@ -208,12 +210,6 @@ def clean(text: str) -> str:
     """Returns a field in one spelling: Unicode's NFC, no zero-width characters; empty if pandas had no value."""
     text = unicodedata.normalize("NFC", re.sub("[\u200b-\u200d\u2060\ufeff]", "", text)).strip()
     return "" if text in ("nan", "NaN", "None", "<NA>") else text
-
-
-def find_file(path: str) -> str:
-    """Returns a path in the spelling that the disk has: a Mac decomposes letters with accents (NFD)."""
-    decomposed = unicodedata.normalize("NFD", path)
-    return decomposed if os.path.exists(decomposed) and not os.path.exists(path) else path
 
 
 # -- splits: no speaker is in two of them -----------------------------------------------------------------------------
