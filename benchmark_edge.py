@@ -284,16 +284,15 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
                 for exit, seconds in product(args.exits, args.seconds)}  # fmt: skip
         model.to("meta")  # frees its memory; from here on, only its shapes are needed
         for exit in evaluate.progress(args.exits, "exits", len(args.exits)):
-            paths, columns = {}, {}  # by backend; several may run one file
+            loaders, columns, files = {}, {}, set()  # by backend; several may run one file
             for backend in args.backends:
-                _, ending, precision = BACKENDS[backend]
-                paths[backend] = os.path.join(folder, f"{exit}-{precision}{ending}")
-            files = sorted({(BACKENDS[backend][2], path) for backend, path in paths.items()})
+                load, ending, precision = BACKENDS[backend]
+                loaders[backend] = load, os.path.join(folder, f"{exit}-{precision}{ending}")
+                files.add((precision, loaders[backend][1]))
             # exporting takes gigabytes, which only the end of a process gives back
             whole = f"sdser.MultiExitSER.from_pretrained({os.path.join(folder, 'model')!r})"
-            run_apart(f"import sdser\nfrom benchmark_edge import export\nexport({whole}, {exit}, {files!r})")
-            for backend, path in paths.items():
-                load = BACKENDS[backend][0]
+            run_apart(f"import sdser\nfrom benchmark_edge import export\nexport({whole}, {exit}, {sorted(files)!r})")
+            for backend, (load, path) in loaders.items():
                 columns[backend] = {
                     "peak_rss_mb": peak_megabytes(load, path, max(args.threads), samples),
                     "parameters": evaluate.count_parameters(model, [exit]),
@@ -301,7 +300,7 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
                     "max_probability_change": largest_change(load(path, args.threads[0]), clips, exact[exit]),
                 }
             for threads in args.threads:
-                runs = {backend: BACKENDS[backend][0](paths[backend], threads) for backend in args.backends}
+                runs = {backend: load(path, threads) for backend, (load, path) in loaders.items()}
                 for (backend, seconds), milliseconds in measure(runs, threads, args).items():
                     p50, p95 = np.percentile(milliseconds, [50, 95])
                     rows.append({"exit": exit, "backend": backend, "seconds": seconds, "threads": threads,
