@@ -79,7 +79,7 @@ def has_onnx() -> bool:
 
 
 class ExportedExit(nn.Module):
-    """What an .onnx file computes: class probabilities (1, C) of a raw waveform (1, T) at 16 kHz."""
+    """Computes what an .onnx file does: class probabilities (1, C) of a raw waveform (1, T) at 16 kHz."""
 
     def __init__(self, model: sdser.MultiExitSER):
         super().__init__()
@@ -152,7 +152,7 @@ def write_transformers(small: sdser.MultiExitSER, path: str) -> None:
     model.classifier.load_state_dict(small.heads[str(small.exits[0])].classifier.state_dict())
     model.save_pretrained(path)
     transformers.Wav2Vec2FeatureExtractor(do_normalize=config.do_normalize).save_pretrained(path)
-    warnings.warn("in transformers, padding can change answers: give it one clip at a time", stacklevel=2)
+    warnings.warn("in transformers, padding can change answers: pass it one clip at a time", stacklevel=2)
 
 
 # -- running a file ---------------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def megabytes(path: str) -> float:
 
 # -- measuring --------------------------------------------------------------------------------------------------------
 def run_apart(program: str) -> str:
-    """Runs Python source in a process of its own, next to these files; returns what it prints."""
+    """Runs Python source in a separate process, next to these files; returns what it prints."""
     here = Path(__file__).parent  # where `python -c` looks for modules first
     done = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True)
     if done.returncode:
@@ -287,7 +287,7 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
                 load, ending, precision = BACKENDS[backend]
                 loaders[backend] = load, os.path.join(folder, f"{exit}-{precision}{ending}")
                 files.add((precision, loaders[backend][1]))
-            # exporting takes gigabytes, which only the end of a process gives back
+            # exporting takes gigabytes, which only the end of a process frees
             whole = f"sdser.MultiExitSER.from_pretrained({os.path.join(folder, 'model')!r})"
             run_apart(f"import sdser\nfrom benchmark_edge import export\nexport({whole}, {exit}, {sorted(files)!r})")
             for backend, (load, path) in loaders.items():

@@ -107,8 +107,7 @@ COLUMNS = ("path", "label", "speaker", "split")  # of a manifest
 def load_corpus(source) -> list[Clip]:
     """Lists the clips of a corpus, each once, with a split only where a manifest gives one; no audio is read.
 
-    source: a folder of one of CORPORA, recognised by its file names, or a CSV or TSV manifest. Raises FileNotFoundError
-    or InputError, naming the file and line and what would be right.
+    source: a folder of one of CORPORA, recognised by its file names, or a CSV or TSV manifest.
     """
     source = os.fspath(source)
     if not os.path.exists(source):
@@ -216,9 +215,8 @@ def clean(text: str) -> str:
 def split_clips(clips: list[Clip], fold: tuple[int, int] = (1, 5), final: bool = False) -> list[Clip]:
     """Gives every clip a split, by speaker; depends only on the clips and the fold.
 
-    clips: splits of their own are kept. fold: (I, N), of N groups of speakers the I-th is test, the next one dev, the
-    rest train. final: dev trains too. Raises InputError for too few speakers, a clip with neither speaker nor split,
-    and what `check_splits` refuses.
+    clips: splits that they have are kept. fold: (I, N), of N groups of speakers the I-th is test, the next dev, the
+    rest train. final: dev trains too.
     """
     if not any(clip.split for clip in clips):
         clips = deal_speakers(clips, *fold)
@@ -233,7 +231,7 @@ def deal_speakers(clips: list[Clip], index: int, count: int) -> list[Clip]:
     sizes = Counter(clip.speaker for clip in clips)
     for clip in clips:
         if clip.speaker is None:
-            raise InputError(f"{clip.path}: has neither speaker nor split; the manifest must give one of them")
+            raise InputError(f"{clip.path}: has neither speaker nor split; the manifest must have one of them")
     if len(sizes) < count:
         advice = "use fewer groups in --fold" if len(sizes) >= 3 else "add speakers, or a column split"
         raise InputError(f"{len(sizes)} speakers are too few for {count} groups; {advice}")
@@ -253,7 +251,7 @@ def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
     split_of, labels = {}, {clip.label for clip in clips}
     for clip in clips:
         if clip.split is None:
-            raise InputError(f"{clip.path}: has no split while other clips have one; give every clip a split, or none")
+            raise InputError(f"{clip.path}: has no split while other clips have one; every clip needs a split, or none")
         other = split_of.setdefault(clip.speaker, clip.split)
         if clip.speaker and other != clip.split:
             advice = "keep each in one; to accept a corpus's own splits as they are, leave the column speaker out"
@@ -514,7 +512,7 @@ def logits_by_row(exits: list[int], logits: Tensor, thresholds: float | Tensor |
 
 
 class Pool(NamedTuple):
-    """N clips, pooled over runs with the same architecture, and each clip's logits from its own run."""
+    """Holds N clips, pooled over runs with the same architecture, and each clip's logits from its own run."""
 
     model: sdser.MultiExitSER  # of one run: labels, exits and costs are the same for all
     clips: list[Clip]
@@ -528,7 +526,7 @@ class Pool(NamedTuple):
 
     @property
     def units(self) -> list[str]:
-        """What the bootstrap draws, (N,): each clip's speaker, or the clip itself if any speaker is unknown."""
+        """Returns what the bootstrap draws, (N,): each clip's speaker, or the clip itself if any speaker is unknown."""
         known = all(clip.speaker for clip in self.clips)
         return [clip.speaker if known else clip.path for clip in self.clips]
 
@@ -564,8 +562,8 @@ def score_runs(
 def choose_clips(checkpoint: str, split: str | None, source: str | None, labels: list[str]) -> list[Clip]:
     """Returns the run's own clips of a split, as its split.csv lists them, or else the clips of another corpus.
 
-    Another corpus that has splits gives its test split; one without that shares more than a third of its names and
-    labels with the run's own is refused, since it holds training clips. Clips whose labels the model does not know are
+    Another corpus that has splits is scored on test. One without, more than a third of whose names and labels are those
+    of the run's own clips, is refused, since it holds training clips. Clips whose labels the model does not know are
     left out, with a warning.
     """
     listed = os.path.join(checkpoint, "split.csv")

@@ -769,7 +769,7 @@ def check_header(name: str, sound: soundfile.SoundFile) -> None:
     if sound.frames > 2**48:  # a FLAC that was written into a pipe
         raise InputError(f"{name}: does not declare its length; convert it: ffmpeg -i IN OUT.wav")
     check_size(name, sound.frames, sound.samplerate)
-    # WAV, AIFF, AU, W64 and RF64 each declare the bytes of audio, or of the whole file, under a name of theirs
+    # WAV, AIFF, AU, W64 and RF64 each declare the bytes of audio, or of the whole file, under another name
     declared = r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)"
     cut = re.search(declared, sound.extra_info, re.MULTILINE)
     if cut:
