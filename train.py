@@ -321,7 +321,6 @@ def computes_in_bfloat16(device: str) -> bool:
 
 def load_data(args) -> tuple[list[str], list[Clip]]:
     """Returns the labels, and the clips with their splits, of files that can be read; prints the counts."""
-    splits = ("train", "test") if args.final else evaluate.SPLITS
     if args.resume:
         listed = os.path.join(args.out, "split.csv")
         clips = evaluate.inspect_clips(evaluate.load_corpus(listed), listed)
@@ -335,7 +334,7 @@ def load_data(args) -> tuple[list[str], list[Clip]]:
             clips = [clip for clip in clips if clip.label in args.labels]
         clips = evaluate.split_clips(clips, args.fold, args.final)
         clips = evaluate.inspect_clips(clips, skip_bad=args.skip_bad)
-        evaluate.check_splits(clips, splits)  # bad clips may be left out
+        evaluate.check_splits(clips, args.final)  # bad clips may be left out
         clips = take_fraction(clips, args.label_fraction, args.seed)
     for kind in ("label", "speaker"):
         names = {getattr(clip, kind) or "" for clip in clips}
@@ -345,7 +344,7 @@ def load_data(args) -> tuple[list[str], list[Clip]]:
             warnings.warn(f"{args.data}: some {kind}s differ only in case: {', '.join(alike)}", stacklevel=2)
     counts = Counter(clip.label for clip in clips)
     print(f"{short(args.data)}: {', '.join(f'{label} {counts[label]}' for label in sorted(counts))}")
-    for split in splits:
+    for split in sorted({clip.split for clip in clips}, key=evaluate.SPLITS.index):
         part = [clip for clip in clips if clip.split == split]
         speakers = {clip.speaker for clip in part} - {None}
         print(f"{split}: {len(part)} clips of {len(speakers) or 'unknown'} speakers")
