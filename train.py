@@ -150,13 +150,10 @@ def run(args: argparse.Namespace) -> None:
         model = sdser.MultiExitSER(labels, args.backbone, args.exits, args.head, tile_seconds).to(args.device)
     steps_per_epoch = math.ceil(math.ceil(len(train_clips) / args.batch_size) / args.accumulate)
     optimizer, scheduler = make_optimizer(model, args, args.epochs * steps_per_epoch)
-    log = []
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        log = state["log"]
-        del state  # it is as large as the model and its optimizer
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    log = state["log"] if state else []
+    for name in parts if state else ():
+        parts[name].load_state_dict(state.pop(name))  # which frees its memory
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     print(f"{short(args.backbone)}, preset {args.preset}: exits {model.exits}, {trained:.1f} M parameters to train, "
           f"{args.dtype} on {args.device}")  # fmt: skip
@@ -183,7 +180,7 @@ def run(args: argparse.Namespace) -> None:
         line["seconds"] = time.time() - epoch_start
         log.append(line)
         if RANK == 0:
-            save_epoch(out, args, clips, log, model, optimizer, scheduler)
+            save_epoch(out, args, clips, log, parts)
         print(message)  # every epoch that is printed has been saved
 
     results = {"labels": labels, "args": vars(args), "seconds": round(time.time() - start, 1)}
@@ -376,7 +373,7 @@ def score(model: sdser.MultiExitSER, clips: list[Clip], logits: Tensor) -> dict:
     return scored
 
 
-def save_epoch(out: Path, args, clips: list[Clip], log: list[dict], model, optimizer, scheduler) -> None:
+def save_epoch(out: Path, args, clips: list[Clip], log: list[dict], parts: dict) -> None:
     """Writes an epoch's files, train_state.pt last: if the run dies before that is written, the epoch is repeated."""
     if len(log) == 1:
         with sdser.file_errors(out, "cannot be written, or another run has started there", "choose another --out"):
@@ -387,10 +384,9 @@ def save_epoch(out: Path, args, clips: list[Clip], log: list[dict], model, optim
         for clip in clips:
             writer.writerow([os.path.abspath(clip.path), clip.label, clip.speaker, clip.split, *clip.more.values()])
         sdser.replace_file(out / "split.csv", text.getvalue())
-    model.save_pretrained(out)
+    parts["model"].save_pretrained(out)
     sdser.replace_file(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
-    state = {"args": vars(args), "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "scheduler": scheduler.state_dict()}  # fmt: skip
+    state = {"args": vars(args), "log": log} | {name: part.state_dict() for name, part in parts.items()}
     memory = io.BytesIO()  # first, since torch's zip writer hides why a file cannot be written
     torch.save(state, memory)
     sdser.replace_file(out / "train_state.pt", memory.getbuffer())
