@@ -18,7 +18,6 @@ A user's mistake raises InputError or FileNotFoundError, whose message is one se
 """
 
 import contextlib
-import inspect
 import io
 import json
 import math
@@ -729,17 +728,15 @@ def open_audio(file):
     """Yields a file's name and its `soundfile.SoundFile`, once its header has been checked."""
     if hasattr(file, "read"):
         name = name_of(file)
-        if inspect.iscoroutinefunction(file.read):
-            raise InputError(f"{name}: its read is asynchronous, as of a FastAPI UploadFile; pass its .file")
         if hasattr(file, "seek"):
             file.seek(0)  # it may have been read before
-        file = io.BytesIO(file.read())
     else:
         name = file = os.fspath(file)
         if not os.path.isfile(file):
             problem = "a folder, not an audio file" if os.path.isdir(file) else "no such file"
             raise FileNotFoundError(f"{file}: {problem}")
     with file_errors(name, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
+        file = io.BytesIO(file.read()) if hasattr(file, "read") else file
         sound = soundfile.SoundFile(file)
     with sound:
         check_header(name, sound)
