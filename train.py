@@ -106,12 +106,10 @@ def parse_args(argv=None) -> argparse.Namespace:
     elif args.preset is None:
         args.preset = "toy" if os.path.abspath(args.backbone or HUBERT_SMALL) == HUBERT_SMALL else "fast"
     recipe = PRESETS[args.preset]
-    if args.lr is not None and recipe["lr"] == recipe["head_lr"]:
+    if args.lr and recipe["lr"] == recipe["head_lr"]:
         recipe = recipe | {"head_lr": args.lr}  # where a preset has one rate for all, --head-lr follows --lr
     parser.set_defaults(preset=args.preset, **recipe)
     args = parser.parse_args(argv)
-    if args.head_lr == 0:
-        parser.error("--lr 0 trains only the exits: --head-lr must be above 0")
     if not isinstance(args.head, str) and len(args.head) == 1:
         [args.head] = args.head
     return args

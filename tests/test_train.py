@@ -225,7 +225,7 @@ def test_learning_rate_warms_up_and_decays_or_stays_and_what_was_frozen_stays_so
         rates = np.divide(scheduler.get_last_lr(), [args.lr, args.head_lr])
         assert step not in expected or rates == pytest.approx(np.full(2, expected[step]), abs=0.02)
         optimizer.step(), scheduler.step()
-    train.make_optimizer(model, train.parse_args(["--lr", "0", "--head-lr", "1e-3"]), 10)  # costs no gradients
+    train.make_optimizer(model, train.parse_args(["--lr", "0", "--preset", "paper"]), 10)  # costs no gradients
     assert {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"heads"}
 
 
@@ -329,7 +329,7 @@ def test_workers_load_for_a_gpu_unless_told_otherwise(monkeypatch, corpus, tmp_p
 # -- what is refused --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("flags", "named"), [
     ("--label-fraction 3", "--label-fraction"), ("--fold 6/5", "--fold"),
-    ("--temperature 0", "--temperature"), ("--lr -1", "--lr"), ("--lr 0", "--head-lr"),  # or nothing would train
+    ("--temperature 0", "--temperature"), ("--lr -1", "--lr"), ("--head-lr 0", "--head-lr"),
     ("--labels anger fury", "--labels"), ("--labels anger anger", "--labels"),
     ("--data nowhere", "nowhere"), ("--backbone huge", "huge"), ("--device toaster", "toaster"),
     ("--lr 1e30 --batch-size 100", "not finite"),  # all clips in one step, so that only the dev split can show it
