@@ -73,7 +73,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data", default=str(evaluate.DATA / "emodb"), metavar="SOURCE", help="corpus folder or manifest (CSV or TSV)")
     add("--preset", choices=PRESETS, help="default: toy; for other backbones scratch if built-in, else fast")
     add("--backbone", help=f"Hub name, folder saved by transformers, or one of {', '.join(sdser.SIZES)}")
-    add("--exits", type=int, nargs="+", metavar="K", help="layers that get an exit; the last is the teacher")
+    add("--exits", type=whole, nargs="+", metavar="K", help="layers that get an exit; the last is the teacher")
     heads = f"one for the shallow exits, or one for each exit: {', '.join(sdser.HEADS)}"
     add("--head", choices=sdser.HEADS, nargs="+", metavar="H", help=heads)
     add("--labels", nargs="+", metavar="L", help="keep only the clips with these labels")
@@ -110,6 +110,8 @@ def parse_args(argv=None) -> argparse.Namespace:
         recipe = recipe | {"head_lr": args.lr}  # where a preset has one rate for all, --head-lr follows --lr
     parser.set_defaults(preset=args.preset, **recipe)
     args = parser.parse_args(argv)
+    if args.exits and args.exits != sorted(set(args.exits)):
+        parser.error(f"--exits: expected increasing numbers, not {args.exits}")
     if not isinstance(args.head, str) and len(args.head) == 1:
         [args.head] = args.head
     return args

@@ -328,7 +328,7 @@ def test_workers_load_for_a_gpu_unless_told_otherwise(monkeypatch, corpus, tmp_p
 
 # -- what is refused --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("flags", "named"), [
-    ("--label-fraction 3", "--label-fraction"), ("--fold 6/5", "--fold"),
+    ("--label-fraction 3", "--label-fraction"), ("--fold 6/5", "--fold"), ("--exits 3 2", "--exits"),
     ("--temperature 0", "--temperature"), ("--lr -1", "--lr"), ("--head-lr 0", "--head-lr"),
     ("--labels anger fury", "--labels"), ("--labels anger anger", "--labels"),
     ("--data nowhere", "nowhere"), ("--backbone huge", "huge"), ("--device toaster", "toaster"),
