@@ -174,9 +174,8 @@ def run(args: argparse.Namespace) -> None:
             line["dev"] = score(model, dev_clips, logits)
             dev_targets = evaluate.targets_of(dev_clips, labels)
             model.threshold = evaluate.choose_threshold(dev_targets, logits, TOLERANCE)
-            message += f"  dev {evaluate.METRIC.upper()} at exit"
-            for row in line["dev"]["exits"]:
-                message += f"  {row['exit']}: {row[evaluate.METRIC]:.3f}"
+            by_exit = "".join(f"  {row['exit']}: {row[evaluate.METRIC]:.3f}" for row in line["dev"]["exits"])
+            message += f"  dev {evaluate.METRIC.upper()} at exit{by_exit}"
         line["seconds"] = time.time() - epoch_start
         log.append(line)
         if RANK == 0:
