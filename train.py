@@ -395,8 +395,7 @@ def read_state(out: Path) -> dict:
     """Returns what `save_epoch` wrote last, and removes the temporary files of a killed process."""
     with sdser.file_errors(out / "train_state.pt", "no run to resume", "train in a new folder, without --resume"):
         state = torch.load(out / "train_state.pt", map_location="cpu", weights_only=True)
-        if set(state) != {"args", "log", "model", "optimizer", "scheduler"}:
-            raise KeyError("written by something else")
+        state = {name: state[name] for name in ("args", "log", "model", "optimizer", "scheduler")}
     for left_over in out.glob(".*.tmp"):
         left_over.unlink(missing_ok=True)
     return state
