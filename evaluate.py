@@ -213,7 +213,7 @@ def clean(text: str) -> str:
 
 # -- splits: no speaker is in two of them -----------------------------------------------------------------------------
 def split_clips(clips: list[Clip], fold: tuple[int, int] = (1, 5), final: bool = False) -> list[Clip]:
-    """Gives every clip a split, by speaker; depends only on the clips and the fold.
+    """Gives every clip a split, by speaker; depends only on the clips and the fold. Warns of names spelled in two ways.
 
     clips: splits that they have are kept. fold: (I, N), of N groups of speakers the I-th is test, the next dev, the
     rest train. final: dev trains too.
@@ -223,6 +223,12 @@ def split_clips(clips: list[Clip], fold: tuple[int, int] = (1, 5), final: bool =
     if final:
         clips = [clip._replace(split="train") if clip.split == "dev" else clip for clip in clips]
     check_splits(clips, final)
+    for kind in ("label", "speaker"):
+        names = {getattr(clip, kind) or "" for clip in clips}
+        spellings = Counter(name.casefold() for name in names)
+        alike = sorted(name for name in names if spellings[name.casefold()] > 1)
+        if alike:
+            warnings.warn(f"some {kind}s differ only in case: {', '.join(alike)}", stacklevel=2)
     return clips
 
 

@@ -18,7 +18,6 @@ import os
 import random
 import sys
 import time
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -332,12 +331,6 @@ def load_data(args) -> tuple[list[str], list[Clip]]:
         clips = evaluate.inspect_clips(clips, skip_bad=args.skip_bad)
         evaluate.check_splits(clips, args.final)  # bad clips may be left out
         clips = take_fraction(clips, args.label_fraction, args.seed)
-    for kind in ("label", "speaker"):
-        names = {getattr(clip, kind) or "" for clip in clips}
-        spellings = Counter(name.casefold() for name in names)
-        alike = sorted(name for name in names if spellings[name.casefold()] > 1)
-        if alike:
-            warnings.warn(f"{args.data}: some {kind}s differ only in case: {', '.join(alike)}", stacklevel=2)
     counts = Counter(clip.label for clip in clips)
     print(f"{short(args.data)}: {', '.join(f'{label} {counts[label]}' for label in sorted(counts))}")
     for split in sorted({clip.split for clip in clips}, key=evaluate.SPLITS.index):
