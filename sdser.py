@@ -731,8 +731,7 @@ def open_audio(file):
     else:
         name = file = os.fspath(file)
         if not os.path.isfile(file):
-            problem = "a folder, not an audio file" if os.path.isdir(file) else "no such file"
-            raise FileNotFoundError(f"{file}: {problem}")
+            raise FileNotFoundError(f"{file}: no such audio file")
     with file_errors(name, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
         file = io.BytesIO(file.read()) if hasattr(file, "read") else file
         sound = soundfile.SoundFile(file)
