@@ -724,16 +724,13 @@ def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor
 @contextlib.contextmanager
 def open_audio(file):
     """Yields a file's name and its `soundfile.SoundFile`, once its header has been checked."""
-    if hasattr(file, "read"):
-        name = name_of(file)
+    name = name_of(file)
+    if not hasattr(file, "read") and not os.path.isfile(file):
+        raise FileNotFoundError(f"{name}: no such audio file")
+    with file_errors(name, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
         if hasattr(file, "seek"):
             file.seek(0)  # it may have been read before
-    else:
-        name = file = os.fspath(file)
-        if not os.path.isfile(file):
-            raise FileNotFoundError(f"{file}: no such audio file")
-    with file_errors(name, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
-        file = io.BytesIO(file.read()) if hasattr(file, "read") else file
+        file = io.BytesIO(file.read()) if hasattr(file, "read") else os.fspath(file)
         sound = soundfile.SoundFile(file)
     with sound:
         check_header(name, sound)
@@ -805,8 +802,7 @@ def read_clip(clip, tile_seconds: float | None = None, sample_rate: int = SAMPLE
     if isinstance(clip, str | os.PathLike) or hasattr(clip, "read"):
         name, waveform = name_of(clip), load_audio(clip, seconds=MAX_SECONDS + 1)
     elif getattr(clip, "ndim", None) == 1 and "float" in str(clip.dtype):  # numpy's, torch's and pandas' dtypes
-        name = "the waveform"
-        waveform = to_16_khz(name, torch.as_tensor(clip).float(), sample_rate)
+        name, waveform = "the waveform", to_16_khz("the waveform", torch.as_tensor(clip).float(), sample_rate)
     else:
         shape = f" {clip.dtype} of shape {tuple(clip.shape)}" if hasattr(clip, "dtype") else ""
         raise InputError(f"{type(clip).__name__}{shape}: pass paths, file objects or 1-D arrays of floats, or a list")
