@@ -360,8 +360,7 @@ class MultiExitSER(
                 waveform = read_clip(clip, self.tile_seconds, sample_rate).to(self.backbone.device)[None]  # (1, T)
                 start = time.perf_counter()
                 if threshold is None:
-                    [output] = self(waveform, exit=exit)
-                    logits, exit_used = output.logits, exit
+                    [(exit_used, logits, _)] = self(waveform, exit=exit)
                 else:
                     logits, exit_used = self.early_exit(waveform, None, threshold)
                 by_label = dict(zip(self.labels, probabilities(logits[0].float()).tolist()))
