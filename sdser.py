@@ -456,8 +456,7 @@ class MultiExitSER(
     def real_lengths(waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
         """Checks a batch; returns its lengths, on the waveforms' device, or None if no clip is padded."""
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
-            shape = tuple(waveforms.shape)
-            raise InputError(f"waveforms: expected a (B, T) float tensor, not {waveforms.dtype} {shape}")
+            raise InputError(f"waveforms: expected floats (B, T), not {waveforms.dtype} {tuple(waveforms.shape)}")
         size = waveforms.shape[1]
         if lengths is not None and lengths.shape != waveforms.shape[:1]:
             raise InputError(f"lengths {tuple(lengths.shape)}: expected one for each of {len(waveforms)} clips")
@@ -803,8 +802,7 @@ def read_clip(clip, tile_seconds: float | None = None, sample_rate: int = SAMPLE
     elif getattr(clip, "ndim", None) == 1 and "float" in str(clip.dtype):  # numpy's, torch's and pandas' dtypes
         name, waveform = "the waveform", to_16_khz("the waveform", torch.as_tensor(clip).float(), sample_rate)
     else:
-        shape = f" {clip.dtype} of shape {tuple(clip.shape)}" if hasattr(clip, "dtype") else ""
-        raise InputError(f"{type(clip).__name__}{shape}: pass paths, file objects or 1-D arrays of floats, or a list")
+        raise InputError(f"{type(clip).__name__}: pass paths, file objects or 1-D arrays of floats, or a list of them")
     if len(waveform) > MAX_SECONDS * SAMPLE_RATE:
         raise InputError(f"{name}: longer than the limit of {MAX_SECONDS} s; cut it into windows (see the README)")
     return waveform if tile_seconds is None else tile(waveform, tile_seconds)
