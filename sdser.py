@@ -389,8 +389,6 @@ class MultiExitSER(
         uploads all three; so does push_to_hub=True here, which passes `hub` on to it.
         """
         folder = Path(folder)
-        with file_errors(folder, "cannot be made a folder", "choose another path"):
-            folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "model.safetensors", safetensors.torch.save(self.state_dict(), {"format": "pt"}))
         arguments = dict(labels=self.labels, backbone=self.backbone.config.to_dict(), exits=self.exits,
                          head=self.head_kinds, tile_seconds=self.tile_seconds, threshold=self.threshold)  # fmt: skip
@@ -833,7 +831,7 @@ def file_errors(path, problem: str, advice: str, kind: type[Exception] = InputEr
 
 
 def replace_file(path, content: bytes | str) -> None:
-    """Writes a file whole, or leaves what was there; keeps symlinks, and writes straight to such as /dev/stdout."""
+    """Writes a file whole, in a new folder if need be, or leaves what was there; keeps symlinks and special files."""
     content = content.encode() if isinstance(content, str) else content
     with file_errors(path, "cannot be written", "free some space or choose another path"):
         if os.path.exists(path) and not os.path.isfile(path):
@@ -841,6 +839,7 @@ def replace_file(path, content: bytes | str) -> None:
             return
         target = Path(os.path.realpath(path))
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(content)
             os.replace(temporary, target)
