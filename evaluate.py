@@ -689,7 +689,6 @@ def by_label(targets: Tensor, logits: Tensor, labels: list[str]) -> dict:
 
 # -- the report, and plots --------------------------------------------------------------------------------------------
 def report(results: dict, args) -> None:
-    """Prints the result tables."""
     rows, title = results["rows"], METRIC.upper()
     exits = [row["exit"] for row in rows if isinstance(row["exit"], int)]
     print(f"{', '.join(args.checkpoints)} on {args.data or 'its own clips'}: {results['split']}\n")
