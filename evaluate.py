@@ -271,7 +271,7 @@ def check_splits(clips: list[Clip], final: bool) -> None:
             raise InputError(f"{problem}; use another --fold, or leave labels out by --labels")
         if present != labels:
             message = f"its {METRIC.upper()} is a mean over the others (another --fold may have all)"
-            warnings.warn(f"{problem}: {message}", stacklevel=2)
+            warnings.warn(f"{problem}: {message}", stacklevel=1)  # this line, so that a second check is silent
 
 
 # -- reading clips, and the logits that a model gives them ------------------------------------------------------------
