@@ -171,8 +171,7 @@ def run(args: argparse.Namespace) -> None:
         if dev_clips:
             logits = evaluate.predict(model, dev_clips, args.batch_size, args.workers)
             line["dev"] = score(model, dev_clips, logits)
-            dev_targets = evaluate.targets_of(dev_clips, labels)
-            model.threshold = evaluate.choose_threshold(dev_targets, logits, TOLERANCE)
+            model.threshold = evaluate.choose_threshold(evaluate.targets_of(dev_clips, labels), logits, TOLERANCE)
             by_exit = "".join(f"  {row['exit']}: {row[evaluate.METRIC]:.3f}" for row in line["dev"]["exits"])
             message += f"  dev {evaluate.METRIC.upper()} at exit{by_exit}"
         line["seconds"] = time.time() - epoch_start
