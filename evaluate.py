@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import unicodedata
 import warnings
@@ -305,7 +304,7 @@ def inspect_clips(clips: list[Clip], listed: str | None = None, skip_bad: bool =
     if errors and not (skip_bad and good):
         advice = "repair them, or leave them out; train.py has --skip-bad"
         if listed:
-            advice = f"if the corpus has moved, change its paths: sed -i 's|OLD|NEW|' {quote(listed)}"
+            advice = f"if the corpus has moved, change its paths: sed -i 's|OLD|NEW|' {shlex.quote(listed)}"
         raise InputError(f"{errors[0]} ({len(errors)} of {len(clips)} clips are bad; {advice})")
     for error in errors:
         warnings.warn(f"left out: {error}", stacklevel=2)
@@ -869,11 +868,6 @@ def check_writable(path, folder: bool = False) -> None:
         place = path if os.path.exists(path) else Path(path).absolute().parent
         if os.path.isdir(path) != folder or not os.access(place, os.W_OK):
             raise PermissionError("no file can be put there")
-
-
-def quote(path) -> str:
-    """Quotes a path for the shell of this system."""
-    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import random
+import shlex
 import sys
 import time
 from collections import Counter
@@ -407,12 +408,12 @@ def report(results: dict, threshold: float | None, dev_clips: int, out: Path) ->
     if dev_clips:
         print(f"\nearly exit's threshold, chosen on {dev_clips} dev clips: {threshold}")
     print(f"\nin {out}: config.json, model.safetensors, README.md, results.json, log.jsonl, split.csv, train_state.pt")
-    print(f"next: python evaluate.py {evaluate.quote(out)}")
+    print(f"next: python evaluate.py {shlex.quote(str(out))}")
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    resume = f"python train.py --resume --out {evaluate.quote(args.out)}"
+    resume = f"python train.py --resume --out {shlex.quote(args.out)}"
     with evaluate.script(f"interrupted: {resume} continues after the last epoch printed, if any"):
         run(args)
 
