@@ -18,7 +18,6 @@ import io
 import json
 import os
 import re
-import shlex
 import sys
 import unicodedata
 import warnings
@@ -277,12 +276,11 @@ def check_splits(clips: list[Clip], final: bool) -> None:
 BATCH_SECONDS = 24  # of padded audio that is scored at once; on a CPU, larger batches are slower
 
 
-def inspect_clips(clips: list[Clip], listed: str | None = None, skip_bad: bool = False) -> list[Clip]:
+def inspect_clips(clips: list[Clip], skip_bad: bool = False) -> list[Clip]:
     """Fills in each clip's seconds, from its header; raises InputError if a clip cannot be read.
 
     Files that are scored are decoded whole, since their faults must show before the training, not after it.
-    listed: the split.csv of the run that the clips belong to. skip_bad: decode every file whole, and leave out those
-    that cannot be read, with a warning for each.
+    skip_bad: decode every file whole, and leave out those that cannot be read, with a warning for each.
     """
 
     def inspect(clip: Clip) -> Clip | Exception:
@@ -302,9 +300,7 @@ def inspect_clips(clips: list[Clip], listed: str | None = None, skip_bad: bool =
     good = [clip for clip in inspected if isinstance(clip, Clip)]
     errors = [error for error in inspected if isinstance(error, Exception)]
     if errors and not (skip_bad and good):
-        advice = "repair them, or leave them out; train.py has --skip-bad"
-        if listed:
-            advice = f"if the corpus has moved, change its paths: sed -i 's|OLD|NEW|' {shlex.quote(listed)}"
+        advice = "repair them, or train with --skip-bad; docs/corpora.md says what to do if a corpus has moved"
         raise InputError(f"{errors[0]} ({len(errors)} of {len(clips)} clips are bad; {advice})")
     for error in errors:
         warnings.warn(f"left out: {error}", stacklevel=2)
@@ -593,7 +589,7 @@ def choose_clips(checkpoint: str, split: str | None, source: str | None, labels:
         unknown = ", ".join(sorted({clip.label for clip in clips} - set(labels)))
         message = f"left out {len(clips) - len(known)} of {len(clips)} clips, whose labels the model does not know"
         warnings.warn(f"{source or checkpoint}: {message}: {unknown}", stacklevel=2)
-    return inspect_clips(known, listed if source is None else None)
+    return inspect_clips(known)
 
 
 def name_and_label(clip: Clip) -> tuple[str, str]:

@@ -317,8 +317,7 @@ def computes_in_bfloat16(device: str) -> bool:
 def load_data(args) -> tuple[list[str], list[Clip]]:
     """Returns the labels, and the clips with their splits, of files that can be read; prints the counts."""
     if args.resume:
-        listed = os.path.join(args.out, "split.csv")
-        clips = evaluate.inspect_clips(evaluate.load_corpus(listed), listed)
+        clips = evaluate.inspect_clips(evaluate.load_corpus(os.path.join(args.out, "split.csv")))
     else:
         clips = evaluate.load_corpus(args.data)
         if args.labels:
