@@ -624,12 +624,18 @@ def read_config(backbone: str) -> dict:
 
 def reads_normalized(backbone: str) -> bool:
     """Returns what a backbone's feature extractor says about `do_normalize`; without one, True, with a warning."""
-    with file_errors(backbone, "its preprocessor_config.json cannot be read", "download it again"):
+    name = "preprocessor_config.json"
+    with file_errors(backbone, f"its {name} cannot be read", "download it again"):
         try:
             return transformers.AutoFeatureExtractor.from_pretrained(backbone, trust_remote_code=False).do_normalize
         except OSError as error:
             if isinstance(error.__context__, json.JSONDecodeError):  # it is there, but damaged
                 raise
+    if not os.path.isdir(backbone):
+        absent = huggingface_hub.try_to_load_from_cache(backbone, name) is huggingface_hub._CACHED_NO_EXIST
+        with file_errors(backbone, f"only the Hub knows whether it has a {name}", "go online once"):
+            if not absent and huggingface_hub.file_exists(backbone, name):
+                raise OSError("download failed")
     message = "has no preprocessor_config.json; assuming that it was trained on normalised waveforms"
     warnings.warn(f"{backbone}: {message} (do_normalize true)", stacklevel=2)
     return True

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from conftest import LABELS, LAYOUTS, build, readable, refuses, write
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCTC, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
@@ -122,6 +123,19 @@ def test_feature_extractor_decides_on_normalisation(tmp_path, name, monkeypatch)
         write(tmp_path / name, text)
         refuses(str(tmp_path), sdser.MultiExitSER, LABELS, tmp_path)
     assert not asked.called
+
+
+def test_a_feature_extractor_that_only_the_hub_may_have_is_not_assumed(monkeypatch):
+    """Played: a cache that holds the config alone."""
+    exists, config = Mock(side_effect=OfflineModeIsEnabled("offline")), LAYOUTS["wav2vec2-base"].to_dict()
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", Mock(return_value=(config, {})))
+    monkeypatch.setattr("transformers.AutoFeatureExtractor.from_pretrained", Mock(side_effect=OSError("not cached")))
+    monkeypatch.setattr("huggingface_hub.file_exists", exists)
+    refuses("me/speech.*preprocessor_config", sdser.load_config, "me/speech")
+    exists.side_effect = [True, False]
+    refuses("me/speech.*preprocessor_config", sdser.load_config, "me/speech")
+    with pytest.warns(UserWarning, match=r"^me/speech: .*do_normalize"):
+        assert sdser.load_config("me/speech").do_normalize
 
 
 def save(kind, folder) -> tuple:
