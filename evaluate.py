@@ -788,19 +788,26 @@ def classify_files(args) -> int:
     threshold = model.threshold if args.threshold is None and args.exit is None else args.threshold
     model.check_exit(args.exit)
     status, predictions = 0, []
-    for path in [path for name in args.audio for path in (audio_files(name) if os.path.isdir(name) else [name])]:
+    for path in [path for name in args.audio for path in expand(name)]:
         try:
             [prediction] = model.classify(path, args.exit, threshold)
         except (InputError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             status = 2
             continue
-        predictions.append({"path": str(path), **prediction._asdict()})
+        predictions.append({"path": path, **prediction._asdict()})
         print(f"{path}  {prediction.label}  {prediction.confidence:.3f}  exit {prediction.exit}  "
               f"{prediction.milliseconds:.0f} ms", flush=True)  # fmt: skip
     if args.json:
         sdser.replace_file(args.json, json.dumps(predictions, indent=2))
     return status
+
+
+def expand(name: str) -> list[str]:
+    """Returns the audio files of a folder, the files that fit a wildcard, or else the name itself."""
+    if os.path.isdir(name):
+        return list(map(str, audio_files(name)))
+    return [name] if os.path.exists(name) else sorted(glob.glob(name)) or [name]
 
 
 # -- the command, and how a script ends -------------------------------------------------------------------------------

@@ -253,12 +253,12 @@ def test_training_clips_are_not_scored(runs, corpus, tmp_path, refused):
 
 
 def test_audio(runs, corpus, refused):
-    """Of files and a folder, also behind one that is not there."""
+    """Of files, a folder and a wildcard, also behind one that is not there."""
     run, clips = runs / "fold1", [str(corpus.parent / f"0-anger-{n}.wav") for n in (0, 1)]
     configure(run, threshold=None)
     Path("folder/deep").mkdir(parents=True)
     clips += [shutil.copy(clips[0], "folder/b.wav"), shutil.copy(clips[0], "folder/deep/a.wav")]
-    names = [clips[0], "gone.wav", clips[1], "folder"]
+    names = [clips[0], "gone.wav", f"{corpus.parent}/0-anger-[1].wav", "folder"]
     assert "gone.wav" in refused(evaluate, run, "--audio", *names, "--json", "a.json")
     model = sdser.MultiExitSER.from_pretrained(run)
     for path, row, wanted in zip(clips, json.loads(Path("a.json").read_text()), model.classify(clips), strict=True):
