@@ -203,12 +203,14 @@ BACKENDS = {
 
 def load_clips(checkpoint: str | None, labels: list[str]) -> tuple[list[np.ndarray], str]:
     """Returns up to eight waveforms (1, T), and where from: the checkpoint's own test clips, or else data/emodb."""
-    clips, source = evaluate.load_corpus(evaluate.DATA / "emodb"), "data/emodb"
+    clips, source = [], "its own test split"
     if checkpoint:
         try:
-            clips, source = evaluate.choose_clips(checkpoint, "test", None, labels), "its own test split"
+            clips = evaluate.choose_clips(checkpoint, "test", None, labels)
         except (OSError, InputError) as error:
             warnings.warn(f"files are compared on clips of data/emodb: {error}", stacklevel=2)
+    if not clips:
+        clips, source = evaluate.load_corpus(evaluate.DATA / "emodb"), "data/emodb"
     return [sdser.read_clip(clip.path)[None].numpy() for clip in clips[:: math.ceil(len(clips) / 8)]], source
 
 
