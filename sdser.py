@@ -243,7 +243,11 @@ class MultiExitSER(
         return outputs
 
     def embed_frames(self, waveforms: Tensor, lengths: Tensor | None = None) -> Frames:
-        """Turns waveforms (B, samples) into the frames that enter layer 1."""
+        """Everything before the transformer layers."""
+        return self.add_positions(self.extract_features(waveforms, lengths))
+
+    def extract_features(self, waveforms: Tensor, lengths: Tensor | None = None) -> Frames:
+        """Turns waveforms (B, samples) into frames, which do not yet know where in the clip they are."""
         config, lengths = self.backbone.config, self.real_lengths(waveforms, lengths)  # None where nothing is padded
         valid = None if lengths is None else valid_mask(lengths, waveforms.shape[1])  # (B, samples)
         if config.do_normalize:
@@ -265,7 +269,7 @@ class MultiExitSER(
         hidden = first(self.backbone.feature_projection(x.transpose(1, 2)))  # (B, frames, D), one frame per 20 ms
         hidden = hidden.to(self.backbone.dtype)  # autocast has made it bfloat16
         valid = None if lengths is None else valid_mask(frame_counts, hidden.shape[1])  # (B, frames)
-        return self.add_positions(Frames(hidden, valid))
+        return Frames(hidden, valid)
 
     def add_positions(self, frames: Frames) -> Frames:
         """Masks spans of frames in training, and adds what tells the layers where in the clip a frame is."""
