@@ -442,10 +442,6 @@ def interval(draws: np.ndarray, units: list[str]) -> list[float] | None:
 
 
 # -- early exit -------------------------------------------------------------------------------------------------------
-# From 1, at which only a probability that rounds to 1 stops a clip early, to 0, at which all stop at the first exit.
-THRESHOLDS = [i / 100 for i in range(100, -1, -1)]
-
-
 def exit_index(logits: Tensor, thresholds: float | Tensor) -> Tensor:
     """Returns the index of the exit (N,) at which each clip leaves; logits: (exits, N, C); thresholds: one or (N,)."""
     stops = torch.stack([sdser.should_stop(logits[: i + 1], thresholds) for i in range(len(logits))])  # (exits, N)
@@ -465,7 +461,7 @@ def choose_threshold(targets: Tensor, logits: Tensor, tolerance: float) -> float
     none passes.
     """
     enough, chosen = metric(targets, logits[-1]) - tolerance, None
-    for threshold in THRESHOLDS:
+    for threshold in sdser.THRESHOLDS:
         if metric(targets, early_logits(logits, threshold)) < enough:
             break
         chosen = threshold
@@ -662,7 +658,7 @@ def evaluate(args) -> dict:
         results["exit_share"] = {str(k): float((left_at == i).double().mean()) for i, k in enumerate(model.exits)}
         results["mean_layers"] = costs["early exit"]["layers"]
     results["early_exit_curve"] = []
-    for threshold in THRESHOLDS:
+    for threshold in sdser.THRESHOLDS:
         macs = on_the_way[exit_index(pool.logits, threshold)].mean()
         value = metric(targets, early_logits(pool.logits, threshold))
         results["early_exit_curve"].append({"threshold": threshold, "macs_per_second": macs, METRIC: value})

@@ -18,6 +18,7 @@ A user's mistake raises InputError or FileNotFoundError, whose message is one se
 """
 
 import contextlib
+import inspect
 import io
 import json
 import math
@@ -170,11 +171,14 @@ def fuse(logits: Tensor | list[ExitOutput]) -> Tensor:
     return logits[(first - second).argmax(0), torch.arange(logits.shape[1], device=logits.device)]
 
 
+THRESHOLDS = [i / 100 for i in range(100, -1, -1)]  # from 1 (only a probability that rounds to 1 stops) to 0 (all do)
+
+
 def should_stop(logits: Tensor, threshold: float | Tensor) -> Tensor:
     """Returns which clips leave at the latest exit, a mask (B,) bool: the stop rule of early exit.
 
-    logits: (exits so far, B, C), of all exits, for rules that compare them; threshold: from 0 to 1, or (B,). By this
-    rule, a clip leaves when the latest exit's top probability reaches the threshold.
+    logits: (exits so far, B, C), of all exits, for rules that compare them; threshold: in THRESHOLDS' range, one or
+    (B,). By this rule, a clip leaves when the latest exit's top probability reaches the threshold.
     """
     return probabilities(logits[-1]).amax(-1) >= threshold
 
@@ -206,6 +210,7 @@ class MultiExitSER(
         tile_seconds: if set, the model was trained on clips that were repeated or cut to this length, and `classify`
             does the same to its input.
         threshold: of early exit, chosen on dev clips; `classify(threshold="auto")` uses it.
+    Raises InputError if the arguments do not describe a model; the message says what is allowed.
     """
 
     def __init__(
@@ -232,8 +237,8 @@ class MultiExitSER(
             waveforms: (B, T) float, raw 16 kHz; what lies beyond a clip's length is ignored, NaN included.
             lengths: (B,) int64, valid samples of each clip; None if all T are.
             exit: a single exit; None for all.
-        Returns:
-            one ExitOutput per exit, shallow to deep.
+        Returns one ExitOutput per exit, shallow to deep. Raises InputError for shapes that do not fit, a clip shorter
+        than one frame, or an exit that the model lacks.
         """
         self.check_exit(exit)
         frames, outputs = self.embed_frames(waveforms, lengths), []
@@ -313,7 +318,8 @@ class MultiExitSER(
         """Runs layer by layer; a clip leaves at the first exit where `should_stop` says so, or at the deepest.
 
         Clips that have left are dropped from the batch, and the others trimmed to the longest that stays: no layer runs
-        unless some clip needs it. Returns logits (B, C) and the exit (B,) int64 that gave them.
+        unless some clip needs it. Returns logits (B, C) and the exit (B,) int64 that gave them; raises InputError as
+        `forward` does, in training mode, and for a threshold outside THRESHOLDS' range.
         """
         self.check_early_exit(threshold)
         frames = self.embed_frames(waveforms, lengths)
@@ -347,6 +353,7 @@ class MultiExitSER(
             exit: run to this exit and no further. Default: the deepest.
             threshold: stop at the first exit whose top probability reaches this; "auto": the model's own threshold.
             sample_rate: of the waveforms; files carry their own.
+        Raises InputError or FileNotFoundError, naming the argument or the clip that cannot be read.
         """
         if exit is not None and threshold is not None:
             raise InputError("exit and threshold exclude each other: pass only one")
@@ -406,7 +413,8 @@ class MultiExitSER(
     def from_pretrained(cls, checkpoint, **hub) -> "MultiExitSER":
         """Loads what `save_pretrained` wrote, from a folder or the Hub, in evaluation mode; nothing is unpickled.
 
-        `hub`: arguments of `huggingface_hub.snapshot_download`, such as revision and token.
+        `hub`: arguments of `huggingface_hub.snapshot_download`, such as revision and token. Raises FileNotFoundError
+        without such a folder or Hub model, InputError for files that are damaged or do not fit each other.
         """
         checkpoint = folder = os.fspath(checkpoint)
         advice = "expected what train.py and model.save_pretrained write: config.json and model.safetensors"
@@ -427,8 +435,8 @@ class MultiExitSER(
         shapes, expected = ({name: list(x.shape) for name, x in y.items()} for y in (weights, model.state_dict()))
         differ = [name for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)]
         if differ:
-            example = f"{differ[0]} is {shapes.get(differ[0], 'missing')}, not {expected.get(differ[0], 'expected')}"
-            raise InputError(f"{checkpoint}: {len(differ)} weights do not fit the config: {example}")
+            pairs = [f"{x} is {shapes.get(x, 'missing')}, not {expected.get(x, 'expected')}" for x in differ[:3]]
+            raise InputError(f"{checkpoint}: {len(differ)} weights do not fit the config: {', '.join(pairs)}")
         # copied, because tensor alignment affects rounding
         weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
         model.load_state_dict(weights, assign=True)
@@ -449,7 +457,10 @@ class MultiExitSER(
             raise InputError(f"head {head}: expected one of {', '.join(HEADS)}, or one for each of {len(exits)} exits")
         if "stats" in head and set(head) != {"stats"}:
             raise InputError(f"head {head}: stats needs stats at every exit, since the hint compares their embeddings")
-        ranges = ("tile_seconds", tile_seconds, 0.025, MAX_SECONDS), ("threshold", threshold, 0, 1)
+        ranges = (
+            ("tile_seconds", tile_seconds, 0.025, MAX_SECONDS),
+            ("threshold", threshold, THRESHOLDS[-1], THRESHOLDS[0]),
+        )
         for name, value, low, high in ranges:
             if value is not None and not (isinstance(value, int | float) and low <= value <= high):
                 raise InputError(f"{name} {value!r}: expected a number from {low} to {high}, or None")
@@ -470,8 +481,8 @@ class MultiExitSER(
     def check_early_exit(self, threshold: float) -> None:
         if self.training:  # dropout and masks would decide
             raise InputError("early_exit needs a model in evaluation mode: call model.eval() first")
-        if not 0 <= threshold <= 1:
-            raise InputError(f"threshold {threshold}: expected a number from 0 to 1")
+        if not THRESHOLDS[-1] <= threshold <= THRESHOLDS[0]:
+            raise InputError(f"threshold {threshold}: expected a number from {THRESHOLDS[-1]} to {THRESHOLDS[0]}")
 
     def check_exit(self, exit: int | None) -> None:
         if exit not in (None, *self.exits):
@@ -700,8 +711,9 @@ def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor
 
     Args:
         file: a path or a binary file object; anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), at any sample
-            rate. Channels are averaged. What is truncated, shorter than one frame or not finite raises InputError.
+            rate. Channels are averaged.
         start, seconds: the part to read; default: from the start to the end.
+    Raises FileNotFoundError, or InputError for what is not audio, truncated, shorter than one frame, or not finite.
     """
     with open_audio(file) as (name, sound):
         rate, offset = sound.samplerate, round(start * sound.samplerate)
@@ -728,6 +740,8 @@ def open_audio(file):
     if not hasattr(file, "read") and not os.path.isfile(file):
         raise FileNotFoundError(f"{name}: no such audio file")
     with file_errors(name, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
+        if inspect.iscoroutinefunction(getattr(file, "read", None)):
+            raise InputError("its read is asynchronous, as of a FastAPI UploadFile: pass its .file")
         if hasattr(file, "seek"):
             file.seek(0)  # it may have been read before
         file = io.BytesIO(file.read()) if hasattr(file, "read") else os.fspath(file)
@@ -740,8 +754,9 @@ def open_audio(file):
 
 
 def name_of(file) -> str:
-    """Returns what messages call a path or a file object."""
-    return str(getattr(file, "name", None) or "the file object") if hasattr(file, "read") else os.fspath(file)
+    """Returns what messages call a path or a file object, whose name may be None or a number."""
+    name = getattr(file, "name", None) if hasattr(file, "read") else os.fspath(file)
+    return name if isinstance(name, str) and name else "the file object"
 
 
 def check_mp3(name: str, content: bytes) -> None:
