@@ -6,8 +6,15 @@
     python evaluate.py out --data path/to/another/corpus
     python evaluate.py out --audio a.wav b.flac             # classify files
 
-It reads checkpoints and changes nothing in them. First clips, from corpora and in splits; then scores, their intervals,
-and costs; then the report on one run or several; then the command, and how each of the scripts ends.
+It reads checkpoints and changes nothing in them. From top to bottom:
+
+    clips             Clip, target_of; load_corpus: a folder of a known corpus, or a manifest
+    splits            split_clips: no speaker is in two of them
+    reading           inspect_clips, before any work; batches; predict: clips -> logits
+    scores            scores; bootstrap, intervals; early exit
+    costs             count_macs, count_parameters
+    the report        Pool: the clips and logits of several runs; its tables, as JSON, text and plot
+    the command       classifying files; flags; how each of the scripts ends
 """
 
 import argparse
@@ -105,7 +112,8 @@ COLUMNS = ("path", "label", "speaker", "split")  # of a manifest
 def load_corpus(source) -> list[Clip]:
     """Lists the clips of a corpus, each once, with a split only where a manifest gives one; no audio is read.
 
-    source: a folder of one of CORPORA, recognised by its file names, or a CSV or TSV manifest.
+    source: a folder of one of CORPORA, recognised by its file names, or a CSV or TSV manifest. Raises FileNotFoundError
+    or InputError, naming the file and line and what would be right.
     """
     source = os.fspath(source)
     if not os.path.exists(source):
@@ -214,7 +222,8 @@ def split_clips(clips: list[Clip], fold: tuple[int, int] = (1, 5), final: bool =
     """Gives every clip a split, by speaker; depends only on the clips and the fold. Warns of names spelled in two ways.
 
     clips: splits that they have are kept. fold: (I, N), of N groups of speakers the I-th is test, the next dev, the
-    rest train. final: dev trains too.
+    rest train. final: dev trains too. Raises InputError for too few speakers, a clip with neither speaker nor split,
+    and what `check_splits` refuses.
     """
     if not any(clip.split for clip in clips):
         clips = deal_speakers(clips, *fold)

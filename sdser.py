@@ -451,7 +451,8 @@ class MultiExitSER(
             raise InputError(f"labels {labels!r}: expected a list of names")
         if len(set(labels)) < max(2, len(labels)):
             raise InputError(f"labels {labels!r}: expected at least two names, all different")
-        if not exits or list(exits) != sorted({*exits} & {*range(1, layers + 1)}):
+        are_layers = isinstance(exits, list | tuple) and all(isinstance(exit, int) for exit in exits)
+        if not are_layers or not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > layers:
             raise InputError(f"exits {exits}: expected increasing numbers from 1 to at most {layers}, the last layer")
         if not isinstance(head, list | tuple) or len(head) != len(exits) or not all(kind in HEADS for kind in head):
             raise InputError(f"head {head}: expected one of {', '.join(HEADS)}, or one for each of {len(exits)} exits")
@@ -604,6 +605,8 @@ def default_exits(backbone: str | dict, layers: int) -> list[int]:
 
 def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
     """Returns the config of a size, folder, Hub name or dict, with what FAMILIES adds; raises InputError for others."""
+    if not isinstance(backbone, dict | str | os.PathLike):
+        raise InputError(f"backbone {backbone!r}: expected a size, a folder, a Hub name, or a config as a dict")
     name = "the backbone's config" if isinstance(backbone, dict) else os.fspath(backbone)
     if isinstance(backbone, dict):
         config = backbone
