@@ -79,7 +79,7 @@ def has_onnx() -> bool:
 
 
 class ExportedExit(nn.Module):
-    """What an .onnx file computes: class probabilities (1, C) of a raw waveform (1, T) at 16 kHz."""
+    """Computes what an .onnx file does: class probabilities (1, C) of a raw waveform (1, T) at 16 kHz."""
 
     def __init__(self, model: sdser.MultiExitSER):
         super().__init__()
@@ -152,7 +152,7 @@ def write_transformers(small: sdser.MultiExitSER, path: str) -> None:
     model.classifier.load_state_dict(small.heads[str(small.exits[0])].classifier.state_dict())
     model.save_pretrained(path)
     transformers.Wav2Vec2FeatureExtractor(do_normalize=config.do_normalize).save_pretrained(path)
-    warnings.warn("in transformers, padding can change answers: give it one clip at a time", stacklevel=2)
+    warnings.warn("in transformers, padding can change answers: pass it one clip at a time", stacklevel=2)
 
 
 # -- running a file ---------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def megabytes(path: str) -> float:
 
 # -- measuring --------------------------------------------------------------------------------------------------------
 def run_apart(program: str) -> str:
-    """Runs Python source in a process of its own, next to these files; returns what it prints."""
+    """Runs Python source in a separate process, next to these files; returns what it prints."""
     here = Path(__file__).parent  # where `python -c` looks for modules first
     done = subprocess.run([sys.executable, "-c", program], cwd=here, capture_output=True, text=True)
     if done.returncode:
@@ -284,16 +284,15 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
                 for exit, seconds in product(args.exits, args.seconds)}  # fmt: skip
         model.to("meta")  # frees its memory; from here on, only its shapes are needed
         for exit in evaluate.progress(args.exits, "exits", len(args.exits)):
-            paths, columns = {}, {}  # by backend; several may run one file
+            loaders, columns, files = {}, {}, set()  # by backend; several may run one file
             for backend in args.backends:
-                _, ending, precision = BACKENDS[backend]
-                paths[backend] = os.path.join(folder, f"{exit}-{precision}{ending}")
-            files = sorted({(BACKENDS[backend][2], path) for backend, path in paths.items()})
-            # exporting takes gigabytes, which only the end of a process gives back
+                load, ending, precision = BACKENDS[backend]
+                loaders[backend] = load, os.path.join(folder, f"{exit}-{precision}{ending}")
+                files.add((precision, loaders[backend][1]))
+            # exporting takes gigabytes, which only the end of a process frees
             whole = f"sdser.MultiExitSER.from_pretrained({os.path.join(folder, 'model')!r})"
-            run_apart(f"import sdser\nfrom benchmark_edge import export\nexport({whole}, {exit}, {files!r})")
-            for backend, path in paths.items():
-                load = BACKENDS[backend][0]
+            run_apart(f"import sdser\nfrom benchmark_edge import export\nexport({whole}, {exit}, {sorted(files)!r})")
+            for backend, (load, path) in loaders.items():
                 columns[backend] = {
                     "peak_rss_mb": peak_megabytes(load, path, max(args.threads), samples),
                     "parameters": evaluate.count_parameters(model, [exit]),
@@ -301,7 +300,7 @@ def benchmark(model: sdser.MultiExitSER, args) -> dict:
                     "max_probability_change": largest_change(load(path, args.threads[0]), clips, exact[exit]),
                 }
             for threads in args.threads:
-                runs = {backend: BACKENDS[backend][0](paths[backend], threads) for backend in args.backends}
+                runs = {backend: load(path, threads) for backend, (load, path) in loaders.items()}
                 for (backend, seconds), milliseconds in measure(runs, threads, args).items():
                     p50, p95 = np.percentile(milliseconds, [50, 95])
                     rows.append({"exit": exit, "backend": backend, "seconds": seconds, "threads": threads,
@@ -442,7 +441,7 @@ def main(argv=None) -> None:
             torch.manual_seed(0)
             model = sdser.MultiExitSER(labels, args.backbone, args.exits, args.head).eval()
         args.exits = args.exits or model.exits
-        for exit in [*args.exits, args.exit] if args.exit is not None else args.exits:
+        for exit in [*args.exits, args.exit]:
             model.check_exit(exit)
         if args.export:
             return export_and_check(model, args)

@@ -25,8 +25,6 @@ import io
 import json
 import os
 import re
-import shlex
-import subprocess
 import sys
 import unicodedata
 import warnings
@@ -118,11 +116,9 @@ def load_corpus(source) -> list[Clip]:
     or InputError, naming the file and line and what would be right.
     """
     source = os.fspath(source)
-    if os.path.isdir(source):
-        return read_folder(source)
-    if not os.path.isfile(source):
+    if not os.path.exists(source):
         raise FileNotFoundError(f"{source}: no such folder or manifest")
-    return read_manifest(source)
+    return read_folder(source) if os.path.isdir(source) else read_manifest(source)
 
 
 def read_folder(folder: str) -> list[Clip]:
@@ -148,8 +144,7 @@ def read_folder(folder: str) -> list[Clip]:
     if not clips:
         raise InputError(f"{folder}: {files[0].name} matches no known corpus ({', '.join(CORPORA)}); write a manifest")
     if skipped:
-        message = f"skipped {len(skipped)} files that are not {corpus}, such as {skipped[0]}"
-        warnings.warn(f"{folder}: {message}", stacklevel=3)
+        warnings.warn(f"{folder}: ignored {len(skipped)} files that are not {corpus}: {skipped[0]}", stacklevel=3)
     if copies:
         warnings.warn(f"{folder}: ignored {len(copies)} duplicates: {copies[0]}", stacklevel=3)
     return list(clips.values())
@@ -184,7 +179,9 @@ def read_manifest(manifest: str) -> list[Clip]:
         if len(row) != len(names) or not values["path"] or not values["label"] or split not in (None, *SPLITS):
             advice = "expected path, label and optionally a split: train, dev or test"
             raise InputError(f"{manifest}: line {number} reads {row}; {advice}")
-        path = find_file(os.path.normpath(os.path.join(os.path.dirname(manifest), values["path"])))
+        path = os.path.normpath(os.path.join(os.path.dirname(manifest), values["path"]))
+        decomposed = unicodedata.normalize("NFD", path)  # as a Mac spells letters with accents
+        path = decomposed if os.path.exists(decomposed) and not os.path.exists(path) else path
         more = {name: values[name] for name in others}
         clip = Clip(path, values["label"], values.get("speaker") or None, split, more=more)
         if path in clips:
@@ -195,8 +192,7 @@ def read_manifest(manifest: str) -> list[Clip]:
     if not clips:
         raise InputError(f"{manifest}: lists no clips")
     if others:
-        message = f"other columns, kept as clip.more: {', '.join(others)}"
-        warnings.warn(f"{manifest}: {message}", stacklevel=3)
+        warnings.warn(f"{manifest}: other columns are kept as clip.more: {', '.join(others)}", stacklevel=3)
     if repeated:
         warnings.warn(f"{manifest}: ignored {len(repeated)} duplicates: {repeated[0]}", stacklevel=3)
     return list(clips.values())
@@ -221,31 +217,25 @@ def clean(text: str) -> str:
     return "" if text in ("nan", "NaN", "None", "<NA>") else text
 
 
-def find_file(path: str) -> str:
-    """Returns a path in the spelling that the disk has: a Mac decomposes letters with accents (NFD)."""
-    decomposed = unicodedata.normalize("NFD", path)
-    return decomposed if os.path.exists(decomposed) and not os.path.exists(path) else path
-
-
 # -- splits: no speaker is in two of them -----------------------------------------------------------------------------
 def split_clips(clips: list[Clip], fold: tuple[int, int] = (1, 5), final: bool = False) -> list[Clip]:
-    """Gives every clip a split, by speaker; depends only on the clips and the fold.
+    """Gives every clip a split, by speaker; depends only on the clips and the fold. Warns of names spelled in two ways.
 
-    clips: splits of their own are kept. fold: (I, N), of N groups of speakers the I-th is test, the next one dev, the
-    rest train. final: dev trains too. Raises InputError for too few speakers, an empty split, a label that is not in
-    train, a speaker in two splits, or a clip with neither speaker nor split; warns of labels that dev or test lacks.
+    clips: splits that they have are kept. fold: (I, N), of N groups of speakers the I-th is test, the next dev, the
+    rest train. final: dev trains too. Raises InputError for too few speakers, a clip with neither speaker nor split,
+    and what `check_splits` refuses.
     """
     if not any(clip.split for clip in clips):
         clips = deal_speakers(clips, *fold)
     if final:
         clips = [clip._replace(split="train") if clip.split == "dev" else clip for clip in clips]
-    splits = ("train", "test") if final else SPLITS
-    check_splits(clips, splits)
-    for split in splits:
-        missing = missing_labels(clips, split)
-        if missing:
-            message = f"its {METRIC.upper()} is a mean over the others (another --fold may have all)"
-            warnings.warn(f"the {split} split lacks {', '.join(missing)}: {message}", stacklevel=2)
+    check_splits(clips, final)
+    for kind in ("label", "speaker"):
+        names = {getattr(clip, kind) or "" for clip in clips}
+        spellings = Counter(name.casefold() for name in names)
+        alike = sorted(name for name in names if spellings[name.casefold()] > 1)
+        if alike:
+            warnings.warn(f"some {kind}s differ only in case: {', '.join(alike)}", stacklevel=2)
     return clips
 
 
@@ -254,7 +244,7 @@ def deal_speakers(clips: list[Clip], index: int, count: int) -> list[Clip]:
     sizes = Counter(clip.speaker for clip in clips)
     for clip in clips:
         if clip.speaker is None:
-            raise InputError(f"{clip.path}: has neither speaker nor split; the manifest must give one of them")
+            raise InputError(f"{clip.path}: has neither speaker nor split; the manifest must have one of them")
     if len(sizes) < count:
         advice = "use fewer groups in --fold" if len(sizes) >= 3 else "add speakers, or a column split"
         raise InputError(f"{len(sizes)} speakers are too few for {count} groups; {advice}")
@@ -266,39 +256,40 @@ def deal_speakers(clips: list[Clip], index: int, count: int) -> list[Clip]:
     return [clip._replace(split=split_of.get(group_of[clip.speaker], "train")) for clip in clips]
 
 
-def check_splits(clips: list[Clip], splits: tuple[str, ...]) -> None:
-    """Raises InputError unless each of the splits has clips, train has every label, and no speaker is in two splits."""
-    split_of = {}
+def check_splits(clips: list[Clip], final: bool) -> None:
+    """Raises InputError unless each split (but dev if final) has clips, train has every label, each speaker one split.
+
+    Warns of labels that dev or test lacks.
+    """
+    split_of, labels = {}, {clip.label for clip in clips}
     for clip in clips:
         if clip.split is None:
-            raise InputError(f"{clip.path}: has no split while other clips have one; give every clip a split, or none")
+            raise InputError(f"{clip.path}: has no split while other clips have one; every clip needs a split, or none")
         other = split_of.setdefault(clip.speaker, clip.split)
         if clip.speaker and other != clip.split:
             advice = "keep each in one; to accept a corpus's own splits as they are, leave the column speaker out"
             raise InputError(f"speaker {clip.speaker} is in two splits, {other} and {clip.split}; {advice}")
-    for split in splits:
-        if not any(clip.split == split for clip in clips):
+    for split in ("train", "test") if final else SPLITS:
+        present = {clip.label for clip in clips if clip.split == split}
+        problem = f"the {split} split lacks {', '.join(sorted(labels - present))}"
+        if not present:
             raise InputError(f"the {split} split is empty; every split needs clips")
-    if missing_labels(clips, "train"):
-        missing = ", ".join(missing_labels(clips, "train"))
-        raise InputError(f"the train split lacks {missing}; use another --fold, or leave labels out by --labels")
-
-
-def missing_labels(clips: list[Clip], split: str) -> list[str]:
-    """Returns the labels that have no clip in a split."""
-    return sorted({clip.label for clip in clips} - {clip.label for clip in clips if clip.split == split})
+        if present != labels and split == "train":
+            raise InputError(f"{problem}; use another --fold, or leave labels out by --labels")
+        if present != labels:
+            message = f"its {METRIC.upper()} is a mean over the others (another --fold may have all)"
+            warnings.warn(f"{problem}: {message}", stacklevel=1)  # this line, so that a second check is silent
 
 
 # -- reading clips, and the logits that a model gives them ------------------------------------------------------------
 BATCH_SECONDS = 24  # of padded audio that is scored at once; on a CPU, larger batches are slower
 
 
-def inspect_clips(clips: list[Clip], listed: str | None = None, skip_bad: bool = False) -> list[Clip]:
+def inspect_clips(clips: list[Clip], skip_bad: bool = False) -> list[Clip]:
     """Fills in each clip's seconds, from its header; raises InputError if a clip cannot be read.
 
     Files that are scored are decoded whole, since their faults must show before the training, not after it.
-    listed: the split.csv of the run that the clips belong to. skip_bad: decode every file whole, and leave out those
-    that cannot be read, with a warning for each.
+    skip_bad: decode every file whole, and leave out those that cannot be read, with a warning for each.
     """
 
     def inspect(clip: Clip) -> Clip | Exception:
@@ -318,9 +309,7 @@ def inspect_clips(clips: list[Clip], listed: str | None = None, skip_bad: bool =
     good = [clip for clip in inspected if isinstance(clip, Clip)]
     errors = [error for error in inspected if isinstance(error, Exception)]
     if errors and not (skip_bad and good):
-        advice = "repair them, or leave them out; train.py has --skip-bad"
-        if listed:
-            advice = f"if the corpus has moved, change its paths: sed -i 's|OLD|NEW|' {quote(listed)}"
+        advice = "repair them, or train with --skip-bad; docs/corpora.md says what to do if a corpus has moved"
         raise InputError(f"{errors[0]} ({len(errors)} of {len(clips)} clips are bad; {advice})")
     for error in errors:
         warnings.warn(f"left out: {error}", stacklevel=2)
@@ -529,7 +518,7 @@ def logits_by_row(exits: list[int], logits: Tensor, thresholds: float | Tensor |
 
 
 class Pool(NamedTuple):
-    """N clips, pooled over runs with the same architecture, and each clip's logits from its own run."""
+    """Holds N clips, pooled over runs with the same architecture, and each clip's logits from its own run."""
 
     model: sdser.MultiExitSER  # of one run: labels, exits and costs are the same for all
     clips: list[Clip]
@@ -543,13 +532,18 @@ class Pool(NamedTuple):
 
     @property
     def units(self) -> list[str]:
-        """What the bootstrap draws, (N,): each clip's speaker, or the clip itself if any speaker is unknown."""
+        """Returns what the bootstrap draws, (N,): each clip's speaker, or the clip itself if any speaker is unknown."""
         known = all(clip.speaker for clip in self.clips)
         return [clip.speaker if known else clip.path for clip in self.clips]
 
 
-def score_runs(checkpoints: list[str], split: str | None, source: str | None, device: str) -> Pool:
-    """Scores every run on its own clips of a split, or on another corpus; InputError unless all are of one kind."""
+def score_runs(
+    checkpoints: list[str], split: str | None, source: str | None, device: str, tolerance: float | None = None
+) -> Pool:
+    """Scores every run on its own clips of a split, or on another corpus; InputError unless all are of one kind.
+
+    tolerance: if set, each run's threshold is chosen anew, on its own dev clips.
+    """
     clips, run, logits, thresholds, first = [], [], [], [], None
     for i, checkpoint in enumerate(checkpoints):
         model = sdser.MultiExitSER.from_pretrained(checkpoint).to(device)
@@ -561,15 +555,21 @@ def score_runs(checkpoints: list[str], split: str | None, source: str | None, de
         clips += run_clips
         run += [i] * len(run_clips)
         logits.append(predict(model, run_clips))
-        thresholds.append(model.threshold)
+        threshold = model.threshold
+        if tolerance is not None:
+            dev = choose_clips(checkpoint, "dev", None, model.labels)
+            threshold = choose_threshold(targets_of(dev, model.labels), predict(model, dev), tolerance)
+            if threshold is None:
+                raise InputError(f"{checkpoint}: no threshold keeps dev within {tolerance}; use a larger --tolerance")
+        thresholds.append(threshold)
     return Pool(model.cpu(), clips, torch.tensor(run), torch.cat(logits, 1), thresholds)
 
 
 def choose_clips(checkpoint: str, split: str | None, source: str | None, labels: list[str]) -> list[Clip]:
     """Returns the run's own clips of a split, as its split.csv lists them, or else the clips of another corpus.
 
-    Another corpus that has splits gives its test split; one without that shares more than a third of its names and
-    labels with the run's own is refused, since it holds training clips. Clips whose labels the model does not know are
+    Another corpus that has splits is scored on test. One without, more than a third of whose names and labels are those
+    of the run's own clips, is refused, since it holds training clips. Clips whose labels the model does not know are
     left out, with a warning.
     """
     listed = os.path.join(checkpoint, "split.csv")
@@ -594,7 +594,7 @@ def choose_clips(checkpoint: str, split: str | None, source: str | None, labels:
         unknown = ", ".join(sorted({clip.label for clip in clips} - set(labels)))
         message = f"left out {len(clips) - len(known)} of {len(clips)} clips, whose labels the model does not know"
         warnings.warn(f"{source or checkpoint}: {message}: {unknown}", stacklevel=2)
-    return inspect_clips(known, listed if source is None else None)
+    return inspect_clips(known)
 
 
 def name_and_label(clip: Clip) -> tuple[str, str]:
@@ -605,21 +605,18 @@ def name_and_label(clip: Clip) -> tuple[str, str]:
 def compare(ours: Pool, theirs: Pool) -> list[dict]:
     """Returns the paired difference, ours minus theirs, at each exit that both have, and of fusion if both fuse."""
     # Both sides must hold the same clips. One may hold each of them n times (n seeds), if n is the same for all clips.
-    our_counts, their_counts = (
-        Counter((clip.path, clip.label, unit) for clip, unit in zip(pool.clips, pool.units)) for pool in (ours, theirs)
-    )
-    ratios = {our_counts[clip] / their_counts[clip] for clip in our_counts.keys() & their_counts.keys()}
-    if our_counts.keys() != their_counts.keys() or len(ratios) != 1:
+    pools = (ours, theirs)
+    counts = [Counter((clip.path, clip.label, unit) for clip, unit in zip(pool.clips, pool.units)) for pool in pools]
+    ratios = {counts[0][clip] / count for clip, count in counts[1].items()}
+    if counts[0].keys() != counts[1].keys() or len(ratios) != 1:
         raise InputError("--against: both sides must be scored on the same clips, each clip the same number of times")
-    our_rows, their_rows = (logits_by_row(pool.model.exits, pool.logits) for pool in (ours, theirs))
-    shared = [name for name in our_rows if name in their_rows]
+    rows = [logits_by_row(pool.model.exits, pool.logits) for pool in pools]
+    shared = [name for name in rows[0] if name in rows[1]]
     if ours.model.labels != theirs.model.labels or not shared:
         raise InputError("--against: both sides must have the same labels, and at least one exit in common")
-    values, draws = [], []
-    for pool, rows in ((ours, our_rows), (theirs, their_rows)):
-        logits = torch.stack([rows[name] for name in shared])
-        values.append([metric(pool.targets, row) for row in logits])
-        draws.append(bootstrap(pool.targets, logits, pool.units))
+    values = [[metric(pool.targets, row[name]) for name in shared] for pool, row in zip(pools, rows)]
+    logits = [torch.stack([row[name] for name in shared]) for row in rows]  # (rows, N, C) of each side
+    draws = [bootstrap(pool.targets, side, pool.units) for pool, side in zip(pools, logits)]
     differences = zip(shared, np.subtract(*values).tolist(), np.subtract(*draws))
     return [{"exit": name, "difference": value, "ci95": interval(row, ours.units)} for name, value, row in differences]
 
@@ -643,12 +640,18 @@ def row_costs(model: sdser.MultiExitSER, seconds: float, left_at: Tensor | None)
 
 def evaluate(args) -> dict:
     """Returns everything that goes into the JSON."""
-    pool = score_runs(args.checkpoints, args.split, args.data, args.device)
+    pool = score_runs(args.checkpoints, args.split, args.data, args.device, args.tolerance)
     model, clips, targets = pool.model, pool.clips, pool.targets
-    run_thresholds = pool.thresholds if args.tolerance is None else choose_thresholds(args)
-    thresholds = None if None in run_thresholds else torch.tensor(run_thresholds)[pool.run]  # (N,)
+    thresholds = None if None in pool.thresholds else torch.tensor(pool.thresholds)[pool.run]  # (N,)
+    left_at = None if thresholds is None else exit_index(pool.logits, thresholds)  # (N,)
+    costs, on_the_way = row_costs(model, float(np.mean([clip.seconds for clip in clips])), left_at)
     logits = logits_by_row(model.exits, pool.logits, thresholds)
-    rows = [{"exit": name, **scores(targets, row_logits)} for name, row_logits in logits.items()]
+    draws, rows = bootstrap(targets, torch.stack(list(logits.values())), pool.units), []
+    for (name, row_logits), row_draws in zip(logits.items(), draws):
+        row = {"exit": name, **scores(targets, row_logits), f"{METRIC}_ci95": interval(row_draws, pool.units)}
+        by_run = [metric(targets[pool.run == i], row_logits[pool.run == i]) for i in range(len(args.checkpoints))]
+        row[f"{METRIC}_sd_over_runs"] = float(np.std(by_run, ddof=1)) if len(by_run) > 1 else None
+        rows.append({**row, **by_label(targets, row_logits, model.labels), **costs[name]})
     results = {
         "labels": model.labels,
         "checkpoints": args.checkpoints,
@@ -656,18 +659,10 @@ def evaluate(args) -> dict:
         "clips": len(clips),
         "speakers": len({clip.speaker for clip in clips}) if all(clip.speaker for clip in clips) else None,
         "chance": 1 / len(labels_of(clips)),
-        "scores": list(rows[0])[1:],
+        "scores": list(scores(targets, row_logits)),
         "rows": rows,
-        "thresholds": run_thresholds,
+        "thresholds": pool.thresholds,
     }
-    left_at = None if thresholds is None else exit_index(pool.logits, thresholds)  # (N,)
-    costs, on_the_way = row_costs(model, float(np.mean([clip.seconds for clip in clips])), left_at)
-    draws = bootstrap(targets, torch.stack(list(logits.values())), pool.units)
-    for row, row_logits, row_draws in zip(rows, logits.values(), draws):
-        row[f"{METRIC}_ci95"] = interval(row_draws, pool.units)
-        by_run = [metric(targets[pool.run == i], row_logits[pool.run == i]) for i in range(len(args.checkpoints))]
-        row[f"{METRIC}_sd_over_runs"] = float(np.std(by_run, ddof=1)) if len(by_run) > 1 else None
-        row.update(by_label(targets, row_logits, model.labels), **costs[row["exit"]])
     if left_at is not None:
         results["exit_share"] = {str(k): float((left_at == i).double().mean()) for i, k in enumerate(model.exits)}
         results["mean_layers"] = costs["early exit"]["layers"]
@@ -686,18 +681,6 @@ def evaluate(args) -> dict:
     return results
 
 
-def choose_thresholds(args) -> list[float]:
-    """Chooses a threshold for each run on its own dev clips, within --tolerance; for this report only."""
-    thresholds = []
-    for checkpoint in args.checkpoints:
-        dev = score_runs([checkpoint], "dev", None, args.device)
-        threshold = choose_threshold(dev.targets, dev.logits, args.tolerance)
-        if threshold is None:
-            raise InputError(f"{checkpoint}: no threshold keeps dev within {args.tolerance}; use a larger --tolerance")
-        thresholds.append(threshold)
-    return thresholds
-
-
 def by_label(targets: Tensor, logits: Tensor, labels: list[str]) -> dict:
     """Returns a row's recall per label and its confusion matrix; a task without classes returns nothing here."""
     recall = [None if np.isnan(value) else value for value in recalls(targets, logits).tolist()]
@@ -706,7 +689,6 @@ def by_label(targets: Tensor, logits: Tensor, labels: list[str]) -> dict:
 
 # -- the report, and plots --------------------------------------------------------------------------------------------
 def report(results: dict, args) -> None:
-    """Prints the result tables."""
     rows, title = results["rows"], METRIC.upper()
     exits = [row["exit"] for row in rows if isinstance(row["exit"], int)]
     print(f"{', '.join(args.checkpoints)} on {args.data or 'its own clips'}: {results['split']}\n")
@@ -809,8 +791,7 @@ def classify_files(args) -> int:
     """Prints a line per file as soon as it is known; returns the exit status, 2 if a file could not be read."""
     model = sdser.MultiExitSER.from_pretrained(args.checkpoints[0]).to(args.device)
     threshold = model.threshold if args.threshold is None and args.exit is None else args.threshold
-    if args.exit is not None:
-        model.check_exit(args.exit)
+    model.check_exit(args.exit)
     status, predictions = 0, []
     for path in [path for name in args.audio for path in expand(name)]:
         try:
@@ -895,11 +876,6 @@ def check_writable(path, folder: bool = False) -> None:
         place = path if os.path.exists(path) else Path(path).absolute().parent
         if os.path.isdir(path) != folder or not os.access(place, os.W_OK):
             raise PermissionError("no file can be put there")
-
-
-def quote(path) -> str:
-    """Quotes a path for the shell of this system."""
-    return subprocess.list2cmdline([str(path)]) if os.name == "nt" else shlex.quote(str(path))
 
 
 @contextlib.contextmanager

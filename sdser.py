@@ -14,7 +14,7 @@ First the method, then its supporting code:
     the backbone      load_config, load_backbone; audio: load_audio; files
 
 Shapes: B clips, T samples or frames, D features, C classes. Waveforms are float32 at 16 kHz; a frame is 20 ms.
-Whatever a user can do wrong raises InputError, whose message is one sentence, or an OSError.
+A user's mistake raises InputError or FileNotFoundError, whose message is one sentence that says what would be right.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ __version__ = "1.0.0"
 
 # -- the exits ---------------------------------------------------------------------------------------------------------
 class Frames(NamedTuple):
-    """The frames of a batch on their way through the layers."""
+    """Holds the frames of a batch on their way through the layers."""
 
     hidden: Tensor  # (B, T, D)
     valid: Tensor | None = None  # (B, T) bool, which frames hold data; None where all do
@@ -118,7 +118,7 @@ def self_distillation_loss(
     outputs: list[ExitOutput], targets: Tensor, kl_weight: float = 1.0, hint_weight: float = 1.0,
     temperature: float = 1.0, detach_teacher: bool = True, class_weights: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The paper's loss, with its KL term fixed: all exits learn the labels, the shallow ones also from the deepest.
+    """Returns the paper's loss, its KL term fixed: all exits learn the labels, the shallow ones also from the deepest.
 
         L = CE(z_d, y) + 1/|S| Σ_{k in S} [ CE(z_k, y) + α T² KL(softmax(z_d/T) ‖ softmax(z_k/T)) + β MSE(f_k, f_d) ]
 
@@ -148,10 +148,10 @@ def self_distillation_loss(
         ce_k = criterion(student.logits, targets, class_weights).mean()  # CE(z_k, y)
         ce_students = ce_students + ce_k / len(students)
         if kl_weight:  # T² KL(softmax(z_d/T) ‖ softmax(z_k/T))
-            log_p_student = F.log_softmax(student.logits / temperature, -1)
-            log_p_teacher = F.log_softmax(teacher_logits / temperature, -1)
-            # F.kl_div(q, p) is KL(p ‖ q): the student comes first, and both are log-probabilities
-            divergence = F.kl_div(log_p_student, log_p_teacher, reduction="batchmean", log_target=True)
+            # stacked, since F.kl_div would broadcast logits of another shape
+            log_q, log_p = F.log_softmax(torch.stack([student.logits, teacher_logits]) / temperature, -1)
+            # F.kl_div(log q, log p) is KL(p ‖ q): the student q comes first
+            divergence = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
             kl = kl + temperature**2 * divergence / len(students)
         if hint_weight:
             hint = hint + F.mse_loss(student.embedding, teacher_embedding) / len(students)  # MSE(f_k, f_d)
@@ -163,8 +163,7 @@ def self_distillation_loss(
 def fuse(logits: Tensor | list[ExitOutput]) -> Tensor:
     """Returns the logits (B, C) of each clip's exit with the largest margin, top-1 minus top-2.
 
-    logits: (exits, B, C), of the exits that take part, or these exits' outputs. In the paper they are the students:
-    `fuse(outputs[:-1])`.
+    logits: (exits, B, C), or outputs, of the exits that take part; in the paper the students: `fuse(outputs[:-1])`.
     """
     if isinstance(logits, list):
         logits = torch.stack([output.logits for output in logits])
@@ -172,15 +171,14 @@ def fuse(logits: Tensor | list[ExitOutput]) -> Tensor:
     return logits[(first - second).argmax(0), torch.arange(logits.shape[1], device=logits.device)]
 
 
-# From 1, at which only a probability that rounds to 1 stops a clip early, to 0, at which all stop at the first exit.
-THRESHOLDS = [i / 100 for i in range(100, -1, -1)]
+THRESHOLDS = [i / 100 for i in range(100, -1, -1)]  # from 1 (only a probability that rounds to 1 stops) to 0 (all do)
 
 
 def should_stop(logits: Tensor, threshold: float | Tensor) -> Tensor:
-    """The stop rule of early exit: returns a mask (B,) bool of the clips that leave at the latest exit.
+    """Returns which clips leave at the latest exit, a mask (B,) bool: the stop rule of early exit.
 
-    logits: (exits so far, B, C), of all exits, for rules that compare them; threshold: one of the range of THRESHOLDS,
-    or (B,). By this rule, a clip leaves when the latest exit's top probability reaches the threshold.
+    logits: (exits so far, B, C), of all exits, for rules that compare them; threshold: in THRESHOLDS' range, one or
+    (B,). By this rule, a clip leaves when the latest exit's top probability reaches the threshold.
     """
     return probabilities(logits[-1]).amax(-1) >= threshold
 
@@ -200,7 +198,7 @@ class MultiExitSER(
     nn.Module, huggingface_hub.PyTorchModelHubMixin,  # push_to_hub, and a model card with what follows
     library_name="sdser", paper_url="https://arxiv.org/abs/2210.14636", pipeline_tag="audio-classification",
 ):  # fmt: skip
-    """A speech transformer with a classifier at several depths.
+    """Runs a speech transformer with a classifier at several depths.
 
     Args:
         labels: class names, in the order of the logits.
@@ -239,13 +237,10 @@ class MultiExitSER(
             waveforms: (B, T) float, raw 16 kHz; what lies beyond a clip's length is ignored, NaN included.
             lengths: (B,) int64, valid samples of each clip; None if all T are.
             exit: a single exit; None for all.
-        Returns:
-            one ExitOutput per exit, shallow to deep.
-        Raises:
-            InputError: shapes that do not fit, a clip shorter than one frame, an exit that the model lacks.
+        Returns one ExitOutput per exit, shallow to deep. Raises InputError for shapes that do not fit, a clip shorter
+        than one frame, or an exit that the model lacks.
         """
-        if exit is not None:
-            self.check_exit(exit)
+        self.check_exit(exit)
         frames, outputs = self.embed_frames(waveforms, lengths), []
         for k in self.exits if exit is None else [exit]:
             frames = self.run_layers(frames, k)  # resumes at the exit before
@@ -324,7 +319,7 @@ class MultiExitSER(
 
         Clips that have left are dropped from the batch, and the others trimmed to the longest that stays: no layer runs
         unless some clip needs it. Returns logits (B, C) and the exit (B,) int64 that gave them; raises InputError as
-        `forward` does, in training mode, and for a threshold outside the range of THRESHOLDS.
+        `forward` does, in training mode, and for a threshold outside THRESHOLDS' range.
         """
         self.check_early_exit(threshold)
         frames = self.embed_frames(waveforms, lengths)
@@ -358,8 +353,7 @@ class MultiExitSER(
             exit: run to this exit and no further. Default: the deepest.
             threshold: stop at the first exit whose top probability reaches this; "auto": the model's own threshold.
             sample_rate: of the waveforms; files carry their own.
-        Raises:
-            InputError, FileNotFoundError: naming the clip that cannot be read or is too short or long, or the argument.
+        Raises InputError or FileNotFoundError, naming the argument or the clip that cannot be read.
         """
         if exit is not None and threshold is not None:
             raise InputError("exit and threshold exclude each other: pass only one")
@@ -377,8 +371,7 @@ class MultiExitSER(
                 waveform = read_clip(clip, self.tile_seconds, sample_rate).to(self.backbone.device)[None]  # (1, T)
                 start = time.perf_counter()
                 if threshold is None:
-                    [output] = self(waveform, exit=exit)
-                    logits, exit_used = output.logits, exit
+                    [(exit_used, logits, _)] = self(waveform, exit=exit)
                 else:
                     logits, exit_used = self.early_exit(waveform, None, threshold)
                 by_label = dict(zip(self.labels, probabilities(logits[0].float()).tolist()))
@@ -407,8 +400,6 @@ class MultiExitSER(
         uploads all three; so does push_to_hub=True here, which passes `hub` on to it.
         """
         folder = Path(folder)
-        with file_errors(folder, "cannot be made a folder", "choose another path"):
-            folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "model.safetensors", safetensors.torch.save(self.state_dict(), {"format": "pt"}))
         arguments = dict(labels=self.labels, backbone=self.backbone.config.to_dict(), exits=self.exits,
                          head=self.head_kinds, tile_seconds=self.tile_seconds, threshold=self.threshold)  # fmt: skip
@@ -423,8 +414,7 @@ class MultiExitSER(
         """Loads what `save_pretrained` wrote, from a folder or the Hub, in evaluation mode; nothing is unpickled.
 
         `hub`: arguments of `huggingface_hub.snapshot_download`, such as revision and token. Raises FileNotFoundError
-        without such a folder or Hub model, InputError for a checkpoint that is truncated or inconsistent with its
-        config.
+        without such a folder or Hub model, InputError for files that are damaged or do not fit each other.
         """
         checkpoint = folder = os.fspath(checkpoint)
         advice = "expected what train.py and model.save_pretrained write: config.json and model.safetensors"
@@ -432,20 +422,21 @@ class MultiExitSER(
         if not os.path.isdir(folder):
             with file_errors(checkpoint, "neither a folder nor a reachable Hub model", advice, FileNotFoundError):
                 folder = huggingface_hub.snapshot_download(checkpoint, allow_patterns=files, **hub)
-        with file_errors(checkpoint, "incomplete or damaged sdser checkpoint", advice):
-            saved = json.loads(Path(folder, "config.json").read_text())
-            weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
         names = ("labels", "backbone", "exits", "head", "tile_seconds", "threshold")
-        missing = ", ".join(name for name in names if name not in saved)
-        if missing:
-            raise InputError(f"{checkpoint}: its config.json, which lacks {missing}, is not of an sdser run; {advice}")
-        arguments = {name: saved[name] for name in names}
+        with file_errors(checkpoint, "not an sdser checkpoint, or an incomplete or damaged one", advice):
+            saved = json.loads(Path(folder, "config.json").read_text())
+            arguments = {name: saved[name] for name in names}
+            weights = safetensors.torch.load_file(Path(folder, "model.safetensors"))
         try:
             with torch.device("meta"):  # no memory yet: a damaged config may ask for terabytes
                 model = cls(**arguments)
         except InputError as error:
             raise InputError(f"{checkpoint}: in config.json, {error}") from error
-        check_weights(checkpoint, model.state_dict(), weights)
+        shapes, expected = ({name: list(x.shape) for name, x in y.items()} for y in (weights, model.state_dict()))
+        differ = [name for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)]
+        if differ:
+            pairs = [f"{x} is {shapes.get(x, 'missing')}, not {expected.get(x, 'expected')}" for x in differ[:3]]
+            raise InputError(f"{checkpoint}: {len(differ)} weights do not fit the config: {', '.join(pairs)}")
         # copied, because tensor alignment affects rounding
         weights = {name: value.to(torch.float32, copy=True) for name, value in weights.items()}
         model.load_state_dict(weights, assign=True)
@@ -460,9 +451,8 @@ class MultiExitSER(
             raise InputError(f"labels {labels!r}: expected a list of names")
         if len(set(labels)) < max(2, len(labels)):
             raise InputError(f"labels {labels!r}: expected at least two names, all different")
-        if not isinstance(exits, list | tuple) or not all(isinstance(exit, int) for exit in exits):
-            raise InputError(f"exits {exits!r}: expected a list of layer numbers")
-        if not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > layers:
+        are_layers = isinstance(exits, list | tuple) and all(isinstance(exit, int) for exit in exits)
+        if not are_layers or not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > layers:
             raise InputError(f"exits {exits}: expected increasing numbers from 1 to at most {layers}, the last layer")
         if not isinstance(head, list | tuple) or len(head) != len(exits) or not all(kind in HEADS for kind in head):
             raise InputError(f"head {head}: expected one of {', '.join(HEADS)}, or one for each of {len(exits)} exits")
@@ -470,23 +460,17 @@ class MultiExitSER(
             raise InputError(f"head {head}: stats needs stats at every exit, since the hint compares their embeddings")
         ranges = (
             ("tile_seconds", tile_seconds, 0.025, MAX_SECONDS),
-            ("threshold", threshold, min(THRESHOLDS), max(THRESHOLDS)),
+            ("threshold", threshold, THRESHOLDS[-1], THRESHOLDS[0]),
         )
         for name, value, low, high in ranges:
             if value is not None and not (isinstance(value, int | float) and low <= value <= high):
                 raise InputError(f"{name} {value!r}: expected a number from {low} to {high}, or None")
 
     @staticmethod
-    def check_threshold(threshold: float) -> None:
-        if not min(THRESHOLDS) <= threshold <= max(THRESHOLDS):
-            raise InputError(f"threshold {threshold}: expected a number from {min(THRESHOLDS)} to {max(THRESHOLDS)}")
-
-    @staticmethod
     def real_lengths(waveforms: Tensor, lengths: Tensor | None) -> Tensor | None:
         """Checks a batch; returns its lengths, on the waveforms' device, or None if no clip is padded."""
         if waveforms.ndim != 2 or not waveforms.is_floating_point():
-            shape = tuple(waveforms.shape)
-            raise InputError(f"waveforms: expected a (B, T) float tensor, not {waveforms.dtype} {shape}")
+            raise InputError(f"waveforms: expected floats (B, T), not {waveforms.dtype} {tuple(waveforms.shape)}")
         size = waveforms.shape[1]
         if lengths is not None and lengths.shape != waveforms.shape[:1]:
             raise InputError(f"lengths {tuple(lengths.shape)}: expected one for each of {len(waveforms)} clips")
@@ -498,10 +482,11 @@ class MultiExitSER(
     def check_early_exit(self, threshold: float) -> None:
         if self.training:  # dropout and masks would decide
             raise InputError("early_exit needs a model in evaluation mode: call model.eval() first")
-        self.check_threshold(threshold)
+        if not THRESHOLDS[-1] <= threshold <= THRESHOLDS[0]:
+            raise InputError(f"threshold {threshold}: expected a number from {THRESHOLDS[-1]} to {THRESHOLDS[0]}")
 
-    def check_exit(self, exit: int) -> None:
-        if exit not in self.exits:
+    def check_exit(self, exit: int | None) -> None:
+        if exit not in (None, *self.exits):
             raise InputError(f"exit {exit}: the model has exits {', '.join(map(str, self.exits))}")
 
 
@@ -641,12 +626,10 @@ def load_config(backbone: str | dict) -> transformers.PretrainedConfig:
 
 def read_config(backbone: str) -> dict:
     """Returns the config of a folder saved by `transformers` or of a Hub model; with `do_normalize`."""
-    looks_local = os.path.isabs(backbone) or "/" not in backbone  # if there is no such folder, it is probably a typo
     sizes = ", ".join(SIZES)
-    if looks_local and not os.path.isdir(backbone):
-        raise InputError(f"{backbone}: not a built-in size ({sizes}), nor a folder, nor a Hub name")
-    if os.path.isdir(backbone) and not os.path.isfile(os.path.join(backbone, "config.json")):
-        raise InputError(f"{backbone}: holds no config.json; expected a folder saved by transformers")
+    is_local = os.path.isabs(backbone) or "/" not in backbone or os.path.isdir(backbone)  # or else perhaps on the Hub
+    if is_local and not os.path.isfile(os.path.join(backbone, "config.json")):
+        raise InputError(f"{backbone}: not a built-in size ({sizes}), a Hub name, or a folder saved by transformers")
     with file_errors(backbone, "not a transformers checkpoint, or not a reachable Hub model", f"or use one of {sizes}"):
         config, _ = transformers.PretrainedConfig.get_config_dict(backbone)
     if {"labels", "exits", "backbone"} <= config.keys():
@@ -733,9 +716,7 @@ def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor
         file: a path or a binary file object; anything libsndfile reads (WAV, FLAC, OGG, MP3, ...), at any sample
             rate. Channels are averaged.
         start, seconds: the part to read; default: from the start to the end.
-    Raises:
-        FileNotFoundError: no such file.
-        InputError: not audio, truncated, empty, shorter than one frame, or with NaN or infinite samples.
+    Raises FileNotFoundError, or InputError for what is not audio, truncated, shorter than one frame, or not finite.
     """
     with open_audio(file) as (name, sound):
         rate, offset = sound.samplerate, round(start * sound.samplerate)
@@ -758,19 +739,15 @@ def load_audio(file, start: float = 0.0, seconds: float | None = None) -> Tensor
 @contextlib.contextmanager
 def open_audio(file):
     """Yields a file's name and its `soundfile.SoundFile`, once its header has been checked."""
-    if hasattr(file, "read"):
-        name = name_of(file)
-        if inspect.iscoroutinefunction(file.read):
-            raise InputError(f"{name}: its read is asynchronous, as of a FastAPI UploadFile; pass its .file")
+    name = name_of(file)
+    if not hasattr(file, "read") and not os.path.isfile(file):
+        raise FileNotFoundError(f"{name}: no such audio file")
+    with file_errors(name, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
+        if inspect.iscoroutinefunction(getattr(file, "read", None)):
+            raise InputError("its read is asynchronous, as of a FastAPI UploadFile: pass its .file")
         if hasattr(file, "seek"):
             file.seek(0)  # it may have been read before
-        file = io.BytesIO(file.read())
-    else:
-        name = file = os.fspath(file)
-        if not os.path.isfile(file):
-            problem = "a folder, not an audio file" if os.path.isdir(file) else "no such file"
-            raise FileNotFoundError(f"{file}: {problem}")
-    with file_errors(name, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
+        file = io.BytesIO(file.read()) if hasattr(file, "read") else os.fspath(file)
         sound = soundfile.SoundFile(file)
     with sound:
         check_header(name, sound)
@@ -781,8 +758,8 @@ def open_audio(file):
 
 def name_of(file) -> str:
     """Returns what messages call a path or a file object, whose name may be None or a number."""
-    name = getattr(file, "name", None) if hasattr(file, "read") else file
-    return os.fspath(name) if isinstance(name, str | os.PathLike) and name else "the file object"
+    name = getattr(file, "name", None) if hasattr(file, "read") else os.fspath(file)
+    return name if isinstance(name, str) and name else "the file object"
 
 
 def check_mp3(name: str, content: bytes) -> None:
@@ -801,7 +778,7 @@ def check_header(name: str, sound: soundfile.SoundFile) -> None:
     if sound.frames > 2**48:  # a FLAC that was written into a pipe
         raise InputError(f"{name}: does not declare its length; convert it: ffmpeg -i IN OUT.wav")
     check_size(name, sound.frames, sound.samplerate)
-    # WAV, AIFF, AU, W64 and RF64 each declare the bytes of audio, or of the whole file, under a name of theirs
+    # WAV, AIFF, AU, W64 and RF64 each declare the bytes of audio, or of the whole file, under another name
     declared = r"^\s*(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)"
     cut = re.search(declared, sound.extra_info, re.MULTILINE)
     if cut:
@@ -843,11 +820,9 @@ def read_clip(clip, tile_seconds: float | None = None, sample_rate: int = SAMPLE
     if isinstance(clip, str | os.PathLike) or hasattr(clip, "read"):
         name, waveform = name_of(clip), load_audio(clip, seconds=MAX_SECONDS + 1)
     elif getattr(clip, "ndim", None) == 1 and "float" in str(clip.dtype):  # numpy's, torch's and pandas' dtypes
-        name = "the waveform"
-        waveform = to_16_khz(name, torch.as_tensor(clip).float(), sample_rate)
+        name, waveform = "the waveform", to_16_khz("the waveform", torch.as_tensor(clip).float(), sample_rate)
     else:
-        shape = f" {clip.dtype} of shape {tuple(clip.shape)}" if hasattr(clip, "dtype") else ""
-        raise InputError(f"{type(clip).__name__}{shape}: pass paths, file objects or 1-D arrays of floats, or a list")
+        raise InputError(f"{type(clip).__name__}: pass paths, file objects or 1-D arrays of floats, or a list of them")
     if len(waveform) > MAX_SECONDS * SAMPLE_RATE:
         raise InputError(f"{name}: longer than the limit of {MAX_SECONDS} s; cut it into windows (see the README)")
     return waveform if tile_seconds is None else tile(waveform, tile_seconds)
@@ -877,18 +852,8 @@ def file_errors(path, problem: str, advice: str, kind: type[Exception] = InputEr
         raise kind(f"{path}: {problem} ({reason}); {advice}") from error
 
 
-def check_weights(path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raises InputError, with the first names that differ, unless weights have the names and shapes expected."""
-    shapes, expected_shapes = ({name: list(weight.shape) for name, weight in x.items()} for x in (found, expected))
-    differ = [name for name in {**expected, **found} if shapes.get(name) != expected_shapes.get(name)]
-    if differ:
-        details = ", ".join(f"{name} is {shapes.get(name, 'missing')}, not {expected_shapes.get(name, 'expected')}"
-                            for name in differ[:3])  # fmt: skip
-        raise InputError(f"{path}: {len(differ)} weights do not fit the config: {details}")
-
-
 def replace_file(path, content: bytes | str) -> None:
-    """Writes a file whole, or leaves what was there; keeps symlinks, and writes straight to such as /dev/stdout."""
+    """Writes a file whole, in a new folder if need be, or leaves what was there; keeps symlinks and special files."""
     content = content.encode() if isinstance(content, str) else content
     with file_errors(path, "cannot be written", "free some space or choose another path"):
         if os.path.exists(path) and not os.path.isfile(path):
@@ -896,6 +861,7 @@ def replace_file(path, content: bytes | str) -> None:
             return
         target = Path(os.path.realpath(path))
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(content)
             os.replace(temporary, target)

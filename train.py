@@ -16,9 +16,9 @@ import json
 import math
 import os
 import random
+import shlex
 import sys
 import time
-import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -73,7 +73,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--data", default=str(evaluate.DATA / "emodb"), metavar="SOURCE", help="corpus folder or manifest (CSV or TSV)")
     add("--preset", choices=PRESETS, help="default: toy; for other backbones scratch if built-in, else fast")
     add("--backbone", help=f"Hub name, folder saved by transformers, or one of {', '.join(sdser.SIZES)}")
-    add("--exits", type=int, nargs="+", metavar="K", help="layers that get an exit; the last is the teacher")
+    add("--exits", type=whole, nargs="+", metavar="K", help="layers that get an exit; the last is the teacher")
     heads = f"one for the shallow exits, or one for each exit: {', '.join(sdser.HEADS)}"
     add("--head", choices=sdser.HEADS, nargs="+", metavar="H", help=heads)
     add("--labels", nargs="+", metavar="L", help="keep only the clips with these labels")
@@ -105,14 +105,13 @@ def parse_args(argv=None) -> argparse.Namespace:
         args.preset = "scratch"
     elif args.preset is None:
         args.preset = "toy" if os.path.abspath(args.backbone or HUBERT_SMALL) == HUBERT_SMALL else "fast"
-    recipe = dict(PRESETS[args.preset])
-    if args.lr is not None and recipe["lr"] == recipe["head_lr"]:
-        recipe["head_lr"] = args.lr  # where a preset has one rate for all, --head-lr follows --lr
-    for name, value in recipe.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    if args.head_lr == 0:
-        parser.error("--lr 0 trains only the exits: --head-lr must be above 0")
+    recipe = PRESETS[args.preset]
+    if args.lr and recipe["lr"] == recipe["head_lr"]:
+        recipe = recipe | {"head_lr": args.lr}  # where a preset has one rate for all, --head-lr follows --lr
+    parser.set_defaults(preset=args.preset, **recipe)
+    args = parser.parse_args(argv)
+    if args.exits and args.exits != sorted(set(args.exits)):
+        parser.error(f"--exits: expected increasing numbers, not {args.exits}")
     if not isinstance(args.head, str) and len(args.head) == 1:
         [args.head] = args.head
     return args
@@ -151,14 +150,10 @@ def run(args: argparse.Namespace) -> None:
         model = sdser.MultiExitSER(labels, args.backbone, args.exits, args.head, tile_seconds).to(args.device)
     steps_per_epoch = math.ceil(math.ceil(len(train_clips) / args.batch_size) / args.accumulate)
     optimizer, scheduler = make_optimizer(model, args, args.epochs * steps_per_epoch)
-    log = []
-    if state:
-        sdser.check_weights(out / "train_state.pt", model.state_dict(), state["model"])
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        log = state["log"]
-        del state  # it is as large as the model and its optimizer
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    log = state["log"] if state else []
+    for name in parts if state else ():
+        parts[name].load_state_dict(state.pop(name))  # which frees its memory
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     print(f"{short(args.backbone)}, preset {args.preset}: exits {model.exits}, {trained:.1f} M parameters to train, "
           f"{args.dtype} on {args.device}")  # fmt: skip
@@ -177,15 +172,13 @@ def run(args: argparse.Namespace) -> None:
         if dev_clips:
             logits = evaluate.predict(model, dev_clips, args.batch_size, args.workers)
             line["dev"] = score(model, dev_clips, logits)
-            dev_targets = evaluate.targets_of(dev_clips, labels)
-            model.threshold = evaluate.choose_threshold(dev_targets, logits, TOLERANCE)
-            message += f"  dev {evaluate.METRIC.upper()} at exit"
-            for row in line["dev"]["exits"]:
-                message += f"  {row['exit']}: {row[evaluate.METRIC]:.3f}"
+            model.threshold = evaluate.choose_threshold(evaluate.targets_of(dev_clips, labels), logits, TOLERANCE)
+            by_exit = "".join(f"  {row['exit']}: {row[evaluate.METRIC]:.3f}" for row in line["dev"]["exits"])
+            message += f"  dev {evaluate.METRIC.upper()} at exit{by_exit}"
         line["seconds"] = time.time() - epoch_start
         log.append(line)
         if RANK == 0:
-            save_epoch(out, args, clips, log, model, optimizer, scheduler)
+            save_epoch(out, args, clips, log, parts)
         print(message)  # every epoch that is printed has been saved
 
     results = {"labels": labels, "args": vars(args), "seconds": round(time.time() - start, 1)}
@@ -323,10 +316,8 @@ def computes_in_bfloat16(device: str) -> bool:
 
 def load_data(args) -> tuple[list[str], list[Clip]]:
     """Returns the labels, and the clips with their splits, of files that can be read; prints the counts."""
-    splits = ("train", "test") if args.final else evaluate.SPLITS
     if args.resume:
-        listed = os.path.join(args.out, "split.csv")
-        clips = evaluate.inspect_clips(evaluate.load_corpus(listed), listed)
+        clips = evaluate.inspect_clips(evaluate.load_corpus(os.path.join(args.out, "split.csv")))
     else:
         clips = evaluate.load_corpus(args.data)
         if args.labels:
@@ -337,17 +328,11 @@ def load_data(args) -> tuple[list[str], list[Clip]]:
             clips = [clip for clip in clips if clip.label in args.labels]
         clips = evaluate.split_clips(clips, args.fold, args.final)
         clips = evaluate.inspect_clips(clips, skip_bad=args.skip_bad)
-        evaluate.check_splits(clips, splits)  # bad clips may be left out
+        evaluate.check_splits(clips, args.final)  # bad clips may be left out
         clips = take_fraction(clips, args.label_fraction, args.seed)
-    for kind in ("label", "speaker"):
-        names = {getattr(clip, kind) or "" for clip in clips}
-        spellings = Counter(name.casefold() for name in names)
-        alike = sorted(name for name in names if spellings[name.casefold()] > 1)
-        if alike:
-            warnings.warn(f"{args.data}: some {kind}s differ only in case: {', '.join(alike)}", stacklevel=2)
     counts = Counter(clip.label for clip in clips)
     print(f"{short(args.data)}: {', '.join(f'{label} {counts[label]}' for label in sorted(counts))}")
-    for split in splits:
+    for split in sorted({clip.split for clip in clips}, key=evaluate.SPLITS.index):
         part = [clip for clip in clips if clip.split == split]
         speakers = {clip.speaker for clip in part} - {None}
         print(f"{split}: {len(part)} clips of {len(speakers) or 'unknown'} speakers")
@@ -379,7 +364,7 @@ def score(model: sdser.MultiExitSER, clips: list[Clip], logits: Tensor) -> dict:
     return scored
 
 
-def save_epoch(out: Path, args, clips: list[Clip], log: list[dict], model, optimizer, scheduler) -> None:
+def save_epoch(out: Path, args, clips: list[Clip], log: list[dict], parts: dict) -> None:
     """Writes an epoch's files, train_state.pt last: if the run dies before that is written, the epoch is repeated."""
     if len(log) == 1:
         with sdser.file_errors(out, "cannot be written, or another run has started there", "choose another --out"):
@@ -390,10 +375,9 @@ def save_epoch(out: Path, args, clips: list[Clip], log: list[dict], model, optim
         for clip in clips:
             writer.writerow([os.path.abspath(clip.path), clip.label, clip.speaker, clip.split, *clip.more.values()])
         sdser.replace_file(out / "split.csv", text.getvalue())
-    model.save_pretrained(out)
+    parts["model"].save_pretrained(out)
     sdser.replace_file(out / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
-    state = {"args": vars(args), "log": log, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-             "scheduler": scheduler.state_dict()}  # fmt: skip
+    state = {"args": vars(args), "log": log} | {name: part.state_dict() for name, part in parts.items()}
     memory = io.BytesIO()  # first, since torch's zip writer hides why a file cannot be written
     torch.save(state, memory)
     sdser.replace_file(out / "train_state.pt", memory.getbuffer())
@@ -403,8 +387,7 @@ def read_state(out: Path) -> dict:
     """Returns what `save_epoch` wrote last, and removes the temporary files of a killed process."""
     with sdser.file_errors(out / "train_state.pt", "no run to resume", "train in a new folder, without --resume"):
         state = torch.load(out / "train_state.pt", map_location="cpu", weights_only=True)
-        if set(state) != {"args", "log", "model", "optimizer", "scheduler"}:
-            raise KeyError("written by something else")
+        state = {name: state[name] for name in ("args", "log", "model", "optimizer", "scheduler")}
     for left_over in out.glob(".*.tmp"):
         left_over.unlink(missing_ok=True)
     return state
@@ -424,12 +407,12 @@ def report(results: dict, threshold: float | None, dev_clips: int, out: Path) ->
     if dev_clips:
         print(f"\nearly exit's threshold, chosen on {dev_clips} dev clips: {threshold}")
     print(f"\nin {out}: config.json, model.safetensors, README.md, results.json, log.jsonl, split.csv, train_state.pt")
-    print(f"next: python evaluate.py {evaluate.quote(out)}")
+    print(f"next: python evaluate.py {shlex.quote(str(out))}")
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    resume = f"python train.py --resume --out {evaluate.quote(args.out)}"
+    resume = f"python train.py --resume --out {shlex.quote(args.out)}"
     with evaluate.script(f"interrupted: {resume} continues after the last epoch printed, if any"):
         run(args)
 
