@@ -739,12 +739,13 @@ def plot_cost(results: dict, folder: str) -> None:
     """Plots each exit's metric against its cost, and early exit's at all thresholds."""
     figure = new_figure(figsize=(5.5, 4))
     axes = figure.subplots()
-    for row in results["rows"]:
+    for i, row in enumerate(results["rows"]):
         cost, value, ci95 = row["macs_per_second"] / 1e9, row[METRIC], row[f"{METRIC}_ci95"]
         error = None if ci95 is None else np.abs(np.array([ci95]).T - value)
         if isinstance(row["exit"], int):
             axes.errorbar(cost, value, error, fmt="o", color="black", capsize=3)
-            axes.annotate(f"exit {row['exit']}", (cost, value), (-5, 6), textcoords="offset points", ha="right")
+            side, shift = ("left", 5) if i % 2 else ("right", -5)  # neighbours may lie close together
+            axes.annotate(f"exit {row['exit']}", (cost, value), (shift, 6), textcoords="offset points", ha=side)
         elif row["exit"] == "early exit":
             axes.plot(cost, value, "*", color="black", markersize=12, label="early exit, threshold chosen on dev")
     curve = [(point["macs_per_second"] / 1e9, point[METRIC]) for point in results["early_exit_curve"]]
