@@ -745,7 +745,7 @@ def open_audio(file):
     with file_errors(name, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
         if inspect.iscoroutinefunction(getattr(file, "read", None)):
             raise InputError("its read is asynchronous, as of a FastAPI UploadFile: pass its .file")
-        if hasattr(file, "seek"):
+        with contextlib.suppress(AttributeError, OSError):  # a path, and a stream that cannot go back
             file.seek(0)  # it may have been read before
         file = io.BytesIO(file.read()) if hasattr(file, "read") else os.fspath(file)
         sound = soundfile.SoundFile(file)

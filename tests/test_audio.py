@@ -1,6 +1,7 @@
 """Files, uploads and arrays as people really have them: read whole, or refused with what would be right."""
 
 import io
+import subprocess
 import sys
 from unittest.mock import AsyncMock, Mock
 
@@ -115,7 +116,10 @@ def test_odd_files_are_read_whole_or_refused(more_speech):
         [clip] = evaluate.inspect_clips([evaluate.Clip(str(odd / name), "joy", None)])
         assert len(whole) / 16_000 == pytest.approx(2.0, abs=0.01) == clip.seconds
         with open(odd / name, "rb") as file:
-            assert torch.equal(sdser.load_audio(file), whole)
+            file.read(7)
+            assert torch.equal(sdser.load_audio(file), whole), "it is read from the start"
+        with subprocess.Popen(["cat", odd / name], stdout=subprocess.PIPE) as cat:
+            assert torch.equal(sdser.load_audio(cat.stdout), whole), "a stream cannot be rewound"
         torch.testing.assert_close(part[1000:-1000], whole[9000 : 8000 + len(part) - 1000], atol=0.02, rtol=0)
     for name in ("vbr_loud_first_noheader.mp3", "cbr_noheader.mp3", "unfinalised_data0.wav"):
         refuses(f"{name}: .*ffmpeg", sdser.load_audio, odd / name)
