@@ -309,7 +309,7 @@ def inspect_clips(clips: list[Clip], skip_bad: bool = False) -> list[Clip]:
     good = [clip for clip in inspected if isinstance(clip, Clip)]
     errors = [error for error in inspected if isinstance(error, Exception)]
     if errors and not (skip_bad and good):
-        advice = "repair them, or train with --skip-bad; docs/corpora.md says what to do if a corpus has moved"
+        advice = "repair them or leave them out, as train.py --skip-bad does; has the corpus moved? see docs/corpora.md"
         raise InputError(f"{errors[0]} ({len(errors)} of {len(clips)} clips are bad; {advice})")
     for error in errors:
         warnings.warn(f"left out: {error}", stacklevel=2)

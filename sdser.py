@@ -400,6 +400,8 @@ class MultiExitSER(
         uploads all three; so does push_to_hub=True here, which passes `hub` on to it.
         """
         folder = Path(folder)
+        with file_errors(folder, "cannot be made a folder", "choose another path"):
+            folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "model.safetensors", safetensors.torch.save(self.state_dict(), {"format": "pt"}))
         arguments = dict(labels=self.labels, backbone=self.backbone.config.to_dict(), exits=self.exits,
                          head=self.head_kinds, tile_seconds=self.tile_seconds, threshold=self.threshold)  # fmt: skip
@@ -453,7 +455,7 @@ class MultiExitSER(
             raise InputError(f"labels {labels!r}: expected at least two names, all different")
         are_layers = isinstance(exits, list | tuple) and all(isinstance(exit, int) for exit in exits)
         if not are_layers or not exits or list(exits) != sorted(set(exits)) or exits[0] < 1 or exits[-1] > layers:
-            raise InputError(f"exits {exits}: expected increasing numbers from 1 to at most {layers}, the last layer")
+            raise InputError(f"exits {exits!r}: expected increasing numbers from 1 to at most {layers}, the last layer")
         if not isinstance(head, list | tuple) or len(head) != len(exits) or not all(kind in HEADS for kind in head):
             raise InputError(f"head {head}: expected one of {', '.join(HEADS)}, or one for each of {len(exits)} exits")
         if "stats" in head and set(head) != {"stats"}:
@@ -742,9 +744,9 @@ def open_audio(file):
     name = name_of(file)
     if not hasattr(file, "read") and not os.path.isfile(file):
         raise FileNotFoundError(f"{name}: no such audio file")
+    if inspect.iscoroutinefunction(getattr(file, "read", None)):
+        raise InputError(f"{name}: its read is asynchronous, as of a FastAPI UploadFile; pass its .file")
     with file_errors(name, "not an audio file that libsndfile can read", "ffmpeg -i IN OUT.wav converts most"):
-        if inspect.iscoroutinefunction(getattr(file, "read", None)):
-            raise InputError("its read is asynchronous, as of a FastAPI UploadFile: pass its .file")
         with contextlib.suppress(AttributeError, OSError):  # a path, and a stream that cannot go back
             file.seek(0)  # it may have been read before
         file = io.BytesIO(file.read()) if hasattr(file, "read") else os.fspath(file)
@@ -758,7 +760,9 @@ def open_audio(file):
 
 def name_of(file) -> str:
     """Returns what messages call a path or a file object, whose name may be None or a number."""
-    name = getattr(file, "name", None) if hasattr(file, "read") else os.fspath(file)
+    if not hasattr(file, "read"):
+        return os.fspath(file)
+    name = getattr(file, "name", None)
     return name if isinstance(name, str) and name else "the file object"
 
 
@@ -853,7 +857,7 @@ def file_errors(path, problem: str, advice: str, kind: type[Exception] = InputEr
 
 
 def replace_file(path, content: bytes | str) -> None:
-    """Writes a file whole, in a new folder if need be, or leaves what was there; keeps symlinks and special files."""
+    """Writes a file whole, or leaves what was there; keeps symlinks, and writes straight to such as /dev/stdout."""
     content = content.encode() if isinstance(content, str) else content
     with file_errors(path, "cannot be written", "free some space or choose another path"):
         if os.path.exists(path) and not os.path.isfile(path):
@@ -861,7 +865,6 @@ def replace_file(path, content: bytes | str) -> None:
             return
         target = Path(os.path.realpath(path))
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_bytes(content)
             os.replace(temporary, target)

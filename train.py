@@ -110,7 +110,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         recipe = recipe | {"head_lr": args.lr}  # where a preset has one rate for all, --head-lr follows --lr
     parser.set_defaults(preset=args.preset, **recipe)
     args = parser.parse_args(argv)
-    if args.exits and args.exits != sorted(set(args.exits)):
+    if args.exits and list(args.exits) != sorted(set(args.exits)):
         parser.error(f"--exits: expected increasing numbers, not {args.exits}")
     if not isinstance(args.head, str) and len(args.head) == 1:
         [args.head] = args.head
@@ -153,7 +153,8 @@ def run(args: argparse.Namespace) -> None:
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     log = state["log"] if state else []
     for name in parts if state else ():
-        parts[name].load_state_dict(state.pop(name))  # which frees its memory
+        with sdser.file_errors(out / "train_state.pt", "does not fit the model beside it", "train in a new folder"):
+            parts[name].load_state_dict(state.pop(name))  # which frees its memory
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     print(f"{short(args.backbone)}, preset {args.preset}: exits {model.exits}, {trained:.1f} M parameters to train, "
           f"{args.dtype} on {args.device}")  # fmt: skip
@@ -332,7 +333,7 @@ def load_data(args) -> tuple[list[str], list[Clip]]:
         clips = take_fraction(clips, args.label_fraction, args.seed)
     counts = Counter(clip.label for clip in clips)
     print(f"{short(args.data)}: {', '.join(f'{label} {counts[label]}' for label in sorted(counts))}")
-    for split in sorted({clip.split for clip in clips}, key=evaluate.SPLITS.index):
+    for split in ("train", "test") if args.final else evaluate.SPLITS:
         part = [clip for clip in clips if clip.split == split]
         speakers = {clip.speaker for clip in part} - {None}
         print(f"{split}: {len(part)} clips of {len(speakers) or 'unknown'} speakers")
@@ -407,12 +408,12 @@ def report(results: dict, threshold: float | None, dev_clips: int, out: Path) ->
     if dev_clips:
         print(f"\nearly exit's threshold, chosen on {dev_clips} dev clips: {threshold}")
     print(f"\nin {out}: config.json, model.safetensors, README.md, results.json, log.jsonl, split.csv, train_state.pt")
-    print(f"next: python evaluate.py {shlex.quote(str(out))}")
+    print(f"next: python evaluate.py {shlex.quote(out.as_posix())}")
 
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    resume = f"python train.py --resume --out {shlex.quote(args.out)}"
+    resume = f"python train.py --resume --out {shlex.quote(Path(args.out).as_posix())}"
     with evaluate.script(f"interrupted: {resume} continues after the last epoch printed, if any"):
         run(args)
 
