@@ -82,7 +82,7 @@ def test_a_folder_that_holds_something_is_not_written_to(corpus, tmp_path, refus
     assert split.read_text() == "theirs" and os.listdir(split.parent) == ["split.csv"]
 
 
-def test_labels_keep_their_clips_alone_and_final_trains_on_dev_too_to_the_last_epoch(corpus, tmp_path):
+def test_labels_keep_their_clips_alone_and_final_trains_on_dev_too_to_the_last_epoch(corpus, tmp_path, refused):
     manifest, out = with_splits(corpus, tmp_path), tmp_path / "run"
     write(manifest, manifest.read_text().replace("2.wav,anger", "2.wav,joy"))
     results, log = fit(manifest, out, "--labels", "sadness", "anger", "--final", "--epochs", 3)
@@ -94,6 +94,8 @@ def test_labels_keep_their_clips_alone_and_final_trains_on_dev_too_to_the_last_e
     expected = [clip._replace(split="test" if clip.split == "test" else "train") for clip in usual]
     assert evaluate.load_corpus(out / "split.csv") == expected and len(expected) == 30
     assert all(torch.equal(value, state["model"][name]) for name, value in model.state_dict().items())
+    model.truncate(1).save_pretrained(out)  # over the run
+    assert "train_state.pt" in refused(train, "--resume", "--out", out)
 
 
 def test_scoring_gives_files_what_each_gets_alone_and_holds_no_more_at_once_than_training(wav, monkeypatch):
