@@ -317,7 +317,7 @@ def inspect_clips(clips: list[Clip], skip_bad: bool = False) -> list[Clip]:
 
 
 class ClipDataset(Dataset):
-    """Clip i is (its waveform (T,), its target); the waveform is whole, or repeated or cut to tile_seconds."""
+    """Returns clip i as (its waveform (T,), its target): whole, or repeated or cut to tile_seconds."""
 
     def __init__(self, clips: list[Clip], labels: list[str], tile_seconds: float | None):
         self.clips, self.labels, self.tile_seconds = clips, labels, tile_seconds

@@ -248,7 +248,7 @@ class MultiExitSER(
         return outputs
 
     def embed_frames(self, waveforms: Tensor, lengths: Tensor | None = None) -> Frames:
-        """Everything before the transformer layers."""
+        """Turns waveforms (B, samples) into the frames that enter layer 1; does everything before it."""
         return self.add_positions(self.extract_features(waveforms, lengths))
 
     def extract_features(self, waveforms: Tensor, lengths: Tensor | None = None) -> Frames:
@@ -840,7 +840,7 @@ def tile(waveform: Tensor, seconds: float) -> Tensor:
 
 # -- files: every error is one sentence that names the file -----------------------------------------------------------
 class InputError(ValueError):
-    """What a user gave cannot be used; the message is one sentence that names it and says what would be right."""
+    """Says in one sentence what a user gave that cannot be used, and what would be right."""
 
 
 @contextlib.contextmanager

@@ -152,9 +152,10 @@ def run(args: argparse.Namespace) -> None:
     optimizer, scheduler = make_optimizer(model, args, args.epochs * steps_per_epoch)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     log = state["log"] if state else []
-    for name in parts if state else ():
+    if state:
         with sdser.file_errors(out / "train_state.pt", "does not fit the model beside it", "train in a new folder"):
-            parts[name].load_state_dict(state.pop(name))  # which frees its memory
+            for name, part in parts.items():
+                part.load_state_dict(state.pop(name))  # which frees its memory
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     print(f"{short(args.backbone)}, preset {args.preset}: exits {model.exits}, {trained:.1f} M parameters to train, "
           f"{args.dtype} on {args.device}")  # fmt: skip
